@@ -1,0 +1,1 @@
+"""Nebula certificates: both encodings, issuing, trust."""

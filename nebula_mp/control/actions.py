@@ -1,0 +1,37 @@
+"""What the controller wants done; the shell performs each with one `match`.
+
+Data flow: control.controller -> [control.actions] -> workers.control, tests.sim
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from nebula_mp.config.model import LogLevel
+from nebula_mp.newtypes import UdpAddr
+
+
+@dataclass(frozen=True, slots=True)
+class SendDatagram:
+    """Send `data` from our underlay socket."""
+
+    data: bytes
+    to: UdpAddr
+
+
+@dataclass(frozen=True, slots=True)
+class WriteTun:
+    """Hand an IP packet to the local stack."""
+
+    packet: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LogEvent:
+    """One log record; `fields` are the key=value pairs after the message, in this order."""
+
+    level: LogLevel
+    message: str
+    fields: Mapping[str, object] = field(default_factory=dict)
+
+
+Action = SendDatagram | WriteTun | LogEvent

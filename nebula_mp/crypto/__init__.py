@@ -1,0 +1,1 @@
+"""Primitives over the cryptography package, and the replay window."""

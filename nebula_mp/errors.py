@@ -1,0 +1,69 @@
+"""The exception tree; imports nothing of ours.
+
+NebulaError
+├── ConfigError          the operator's YAML is wrong    message names file, line and key; exit 1
+├── WireError            a peer's bytes are wrong        count by class and drop; never fatal
+│   ├── TruncatedError, UnknownTypeError, ReplayError
+│   ├── AuthError        a tag or a key did not fit      drop; an open handshake goes on waiting
+│   └── HandshakeError   the peer is authentic but says something impossible: abandon that handshake
+├── CertError            a certificate is not trusted    drop the handshake, log the fingerprint;
+│                                                        for our own files: exit 1
+├── SystemCallError      the kernel refused              message names the device and the capability
+└── InstanceError        the running program could not be reached, or one is running already
+"""
+
+
+class NebulaError(Exception):
+    """Root of all errors this program raises on purpose."""
+
+
+class ConfigError(NebulaError):
+    """The configuration cannot be used. `problems` holds one line for each, `file:line:column: key: text`."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class WireError(NebulaError):
+    """Bytes from the network break the protocol."""
+
+
+class TruncatedError(WireError):
+    """Fewer bytes than the format needs."""
+
+
+class UnknownTypeError(WireError):
+    """A version, type or subtype that is not ours."""
+
+
+class ReplayError(WireError):
+    """A counter that was seen before or lies behind the window."""
+
+
+class AuthError(WireError):
+    """An authentication tag, public key or Noise message did not fit."""
+
+
+class HandshakeError(WireError):
+    """An authenticated handshake message whose content cannot be used."""
+
+
+class CertError(NebulaError):
+    """A certificate cannot be parsed or is not trusted; the message says why."""
+
+
+class SystemCallError(NebulaError):
+    """The kernel refused a call we depend on. `exit_code` is what the process should end with."""
+
+    def __init__(self, message: str, *, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class InstanceError(NebulaError):
+    """No instance is running where one is needed, or one is where none may be."""
+
+    def __init__(self, message: str, *, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

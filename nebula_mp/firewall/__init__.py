@@ -1,0 +1,1 @@
+"""Which packets may pass, and for how long a flow stays known."""

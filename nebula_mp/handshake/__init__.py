@@ -1,0 +1,1 @@
+"""Nebula handshakes: one exchange, and when to repeat it."""

@@ -1,0 +1,1 @@
+"""The Noise IX handshake; knows nothing of Nebula."""

@@ -1,0 +1,1 @@
+"""Thin shells that make system calls and drive the core."""
