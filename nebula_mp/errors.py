@@ -5,10 +5,11 @@ NebulaError
 ├── WireError            a peer's bytes are wrong        count by class and drop; never fatal
 │   ├── TruncatedError, UnknownTypeError, ReplayError
 │   ├── AuthError        a tag or a key did not fit      drop; an open handshake goes on waiting
-│   └── HandshakeError   the peer is authentic but says something impossible: abandon that handshake
+│   └── HandshakeError   a handshake message whose content cannot be used; drop, go on waiting
 ├── CertError            a certificate is not trusted    drop the handshake, log the fingerprint;
 │                                                        for our own files: exit 1
 ├── SystemCallError      the kernel refused              message names the device and the capability
+├── RingError            shared memory contradicts us    worker exits, supervisor restarts it
 └── InstanceError        the running program could not be reached, or one is running already
 """
 
@@ -46,7 +47,7 @@ class AuthError(WireError):
 
 
 class HandshakeError(WireError):
-    """An authenticated handshake message whose content cannot be used."""
+    """A handshake message that is well formed but whose content cannot be used."""
 
 
 class CertError(NebulaError):
@@ -59,6 +60,18 @@ class SystemCallError(NebulaError):
     def __init__(self, message: str, *, exit_code: int = 1) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class RingError(NebulaError):
+    """Shared memory says what no correct process can have written.
+
+    `field` and `value` are for the log record; the message adds which memory and what was expected.
+    """
+
+    def __init__(self, where: str, field: str, value: object, expected: str) -> None:
+        super().__init__(f"{where}: {field} is {value}, expected {expected}")
+        self.field = field
+        self.value = value
 
 
 class InstanceError(NebulaError):

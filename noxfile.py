@@ -1,0 +1,79 @@
+"""Everything that is checked, by name: `nox -l`. tools/test runs the same in one go, without nox."""
+
+import os
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2"
+nox.options.sessions = ["lint", "types", "imports", "tests"]
+nox.options.reuse_existing_virtualenvs = True
+
+PEERS = str(Path(__file__).parent / ".peers")
+
+
+def install(session: nox.Session) -> None:
+    session.install("--constraint", "tools/constraints.txt", "--editable", ".[dev]")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff: rules and format."""
+    install(session)
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Mypy, strict."""
+    install(session)
+    session.run("mypy")
+
+
+@nox.session
+def imports(session: nox.Session) -> None:
+    """The tree is the architecture: layers and forbidden imports, from setup.cfg."""
+    install(session)
+    session.run("lint-imports")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests that need no root: unit, vectors, simulated networks."""
+    install(session)
+    session.run("pytest", "--numprocesses=auto", "-m", "not e2e", *session.posargs)
+
+
+@nox.session
+def e2e(session: nox.Session) -> None:
+    """Network namespaces and real Nebula releases; as root."""
+    install(session)
+    session.run("tools/get-peers", PEERS, external=True)
+    session.run("pytest", "-m", "e2e", *session.posargs, env={"NEBULA_PEERS": PEERS})
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Links, commands and figures of the documentation; every configuration in configs/."""
+    install(session)
+    session.run("pytest", "tests/test_docs.py", "tests/config", *session.posargs)
+
+
+@nox.session
+def sim_long(session: nox.Session) -> None:
+    """The simulated network with 1,000 seeds instead of 40."""
+    install(session)
+    seeds = os.environ.get("NEBULA_MP_SIM_SEEDS", "1000")
+    session.run(
+        "pytest", "--numprocesses=auto", "tests/sim", *session.posargs, env={"NEBULA_MP_SIM_SEEDS": seeds}
+    )
+
+
+@nox.session
+def fuzz_long(session: nox.Session) -> None:
+    """New random examples, 20,000 for each hypothesis property that does not set its own number."""
+    install(session)
+    session.run(
+        "pytest", "--numprocesses=auto", "--hypothesis-profile=long", "-m", "not e2e", *session.posargs
+    )
