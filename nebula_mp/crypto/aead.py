@@ -1,0 +1,46 @@
+"""Seal and open with the network's AEAD; the nonce is the 64-bit counter.
+
+Data flow: noise.symmetric, control.controller -> [crypto.aead] -> cryptography
+Knows where the counter sits in the nonce; does not know whether a counter was used before.
+Source: Noise section 12 (cipher functions); RFC 8439; NIST SP 800-38D.
+"""
+
+import struct
+from typing import Final
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
+
+from nebula_mp.errors import AuthError
+from nebula_mp.newtypes import Buffer, Cipher
+
+KEY_BYTES = 32
+TAG_BYTES = 16
+
+# 12 bytes each: four zero bytes, then the counter. The byte orders differ on purpose, as in Noise.
+_NONCE_AES = struct.Struct(">4xQ")
+_NONCE_CHACHAPOLY = struct.Struct("<4xQ")
+
+
+class Aead:
+    """One key of one direction. Has no state: callers see to it that no counter is sealed twice."""
+
+    __slots__ = ("_cipher", "_nonce", "cipher")
+
+    def __init__(self, cipher: Cipher, key: Buffer) -> None:
+        """`key` is 32 bytes and is copied."""
+        assert len(key) == KEY_BYTES  # keys come from our own key schedule
+        self.cipher: Final = cipher
+        self._cipher: Final = AESGCM(key) if cipher is Cipher.AES else ChaCha20Poly1305(key)
+        self._nonce: Final = (_NONCE_AES if cipher is Cipher.AES else _NONCE_CHACHAPOLY).pack
+
+    def seal(self, counter: int, associated_data: Buffer, plaintext: Buffer) -> bytes:
+        """Return ciphertext and 16-byte tag. `counter` is a u64 never sealed with this key before."""
+        return self._cipher.encrypt(self._nonce(counter), plaintext, associated_data)
+
+    def open(self, counter: int, associated_data: Buffer, ciphertext: Buffer) -> bytes:
+        """Return the plaintext of ciphertext and tag; AuthError when they do not fit or are too short."""
+        try:
+            return self._cipher.decrypt(self._nonce(counter), ciphertext, associated_data)
+        except InvalidTag:
+            raise AuthError(f"authentication tag of packet {counter} does not fit") from None

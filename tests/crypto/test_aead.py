@@ -1,0 +1,107 @@
+import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nebula_mp.crypto.aead import TAG_BYTES, Aead
+from nebula_mp.errors import AuthError
+from nebula_mp.newtypes import Cipher
+from tests.support import vectors
+from tests.support.vectors import Vector
+
+KEY = bytes(range(32))
+HANDSHAKES = vectors.load("handshake")
+
+ciphers = st.sampled_from(Cipher)
+counters = st.integers(0, 2**64 - 1)
+
+
+def aead_of(handshake: Vector, direction: str) -> Aead:
+    return Aead(Cipher(handshake["cipher_config"]), bytes.fromhex(handshake[f"key_{direction}"]))
+
+
+@pytest.mark.parametrize("handshake", HANDSHAKES, ids=lambda each: each["name"])
+def test_data_packets_of_nebula_are_sealed_and_opened_byte_for_byte(handshake: Vector) -> None:
+    assert len(handshake["packets"]) == 9
+    for vector in handshake["packets"]:
+        aead = aead_of(handshake, vector["direction"])
+        counter = int(vector["counter"])
+        packet, plaintext = bytes.fromhex(vector["packet"]), bytes.fromhex(vector["plaintext"])
+
+        assert packet[:16] + aead.seal(counter, packet[:16], plaintext) == packet
+        assert aead.open(counter, packet[:16], packet[16:]) == plaintext
+
+
+@pytest.mark.parametrize("handshake", HANDSHAKES, ids=lambda each: each["name"])
+def test_a_relay_frame_carries_its_inner_packet_as_associated_data_and_only_a_tag(handshake: Vector) -> None:
+    vector = handshake["relay_frame"]
+    aead = aead_of(handshake, vector["direction"])
+    counter = int(vector["counter"])
+    frame = bytes.fromhex(vector["packet"])
+    covered, tag = frame[:-TAG_BYTES], frame[-TAG_BYTES:]
+
+    assert covered[16:] == bytes.fromhex(vector["inner_packet"])
+    assert aead.seal(counter, covered, b"") == tag
+    assert aead.open(counter, covered, tag) == b""
+
+
+@pytest.mark.parametrize(
+    ("cipher", "primitive", "nonce"),
+    [
+        pytest.param(Cipher.AES, AESGCM, "00000000 0102030405060708", id="aes: big-endian"),
+        pytest.param(
+            Cipher.CHACHAPOLY, ChaCha20Poly1305, "00000000 0807060504030201", id="chachapoly: little-endian"
+        ),
+    ],
+)
+def test_the_nonce_is_four_zero_bytes_and_the_counter_in_the_order_of_the_cipher(
+    cipher: Cipher, primitive: type[AESGCM | ChaCha20Poly1305], nonce: str
+) -> None:
+    sealed = Aead(cipher, KEY).seal(0x0102030405060708, b"ad", b"text")
+
+    assert sealed == primitive(KEY).encrypt(bytes.fromhex(nonce), b"text", b"ad")
+
+
+@given(ciphers, counters, st.binary(max_size=40), st.binary(max_size=80))
+def test_what_was_sealed_is_opened_again_from_any_kind_of_buffer(
+    cipher: Cipher, counter: int, associated_data: bytes, plaintext: bytes
+) -> None:
+    aead = Aead(cipher, memoryview(KEY))
+
+    sealed = aead.seal(counter, memoryview(associated_data), bytearray(plaintext))
+
+    assert len(sealed) == len(plaintext) + TAG_BYTES
+    assert aead.open(counter, bytearray(associated_data), memoryview(sealed)) == plaintext
+
+
+@given(ciphers, st.data())
+def test_one_changed_bit_anywhere_is_noticed(cipher: Cipher, data: st.DataObject) -> None:
+    associated_data, plaintext = (
+        data.draw(st.binary(min_size=1, max_size=20)),
+        data.draw(st.binary(max_size=20)),
+    )
+    sealed = Aead(cipher, KEY).seal(7, associated_data, plaintext)
+    whole = bytearray(associated_data + sealed)
+    bit = data.draw(st.integers(0, len(whole) * 8 - 1))
+    whole[bit // 8] ^= 1 << bit % 8
+
+    with pytest.raises(AuthError, match="packet 7"):
+        Aead(cipher, KEY).open(7, whole[: len(associated_data)], whole[len(associated_data) :])
+
+
+@given(ciphers, counters, counters)
+def test_another_counter_or_another_key_does_not_open(cipher: Cipher, counter: int, other: int) -> None:
+    sealed = Aead(cipher, KEY).seal(counter, b"", b"text")
+
+    if other != counter:
+        with pytest.raises(AuthError):
+            Aead(cipher, KEY).open(other, b"", sealed)
+    with pytest.raises(AuthError):
+        Aead(cipher, KEY[::-1]).open(counter, b"", sealed)
+
+
+@pytest.mark.parametrize("cipher", Cipher)
+@pytest.mark.parametrize("size", [0, 1, TAG_BYTES - 1, TAG_BYTES])
+def test_bytes_too_short_for_a_tag_and_tags_of_nothing_are_refused(cipher: Cipher, size: int) -> None:
+    with pytest.raises(AuthError):
+        Aead(cipher, KEY).open(3, b"", bytes(size))
