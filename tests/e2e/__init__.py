@@ -1,0 +1,1 @@
+"""Real processes in network namespaces, with released Nebula versions at the other end."""

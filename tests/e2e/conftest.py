@@ -1,0 +1,82 @@
+"""What every end-to-end test needs: the right to make namespaces, the released programs, and pairs of nodes.
+
+Data flow: pytest -> [e2e.conftest] -> tests/e2e, support.netns, support.nodes
+Where root or a program is missing the tests are skipped with the reason (which fails the run in CI).
+"""
+
+import contextlib
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+from nebula_mp.demo.netns import require_root_and_iproute
+from nebula_mp.errors import SystemCallError
+from tests.support.netns import Wire, sweep_stale
+from tests.support.nodes import Pair, Variant
+from tests.support.peers import OURS, STAND_IN, missing_peers
+
+MakePair = Callable[..., Pair]
+_live: list[Pair] = []
+
+
+def pytest_report_header() -> str | None:
+    return f"e2e: nebula {STAND_IN} stands in for our own program" if STAND_IN else None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ground() -> None:
+    """Root, iproute2 and the released programs, or a reason why not."""
+    reason = ""
+    try:
+        require_root_and_iproute()
+    except SystemCallError as error:
+        reason = str(error)
+    if not reason and (missing := missing_peers()):
+        reason = f"{missing[0]} is missing: tools/test fetches it, or set NEBULA_PEERS"
+    if reason:
+        pytest.skip(reason)
+    sweep_stale()
+
+
+@contextlib.contextmanager
+def pairs(home: Path) -> Iterator[MakePair]:
+    """A maker of pairs; all it made is stopped and removed at the end, whatever happened."""
+    with contextlib.ExitStack() as stack:
+        count = 0
+
+        def make(
+            peer: str, variant: Variant, *, first: str = OURS, a_is_higher: bool = False, start: bool = False
+        ) -> Pair:
+            nonlocal count
+            count += 1
+            place = home / f"pair{count}"
+            place.mkdir()
+            wire = stack.enter_context(Wire())
+            pair = Pair(wire, place, (first, peer), variant, a_is_higher=a_is_higher)
+            _live.append(pair)
+            stack.callback(_live.remove, pair)
+            stack.callback(pair.stop)
+            if start:
+                pair.start()
+            return pair
+
+        yield make
+
+
+@pytest.fixture
+def make_pair(tmp_path: Path) -> Iterator[MakePair]:
+    """`make_pair(peer, variant)`: two nodes on a wire of their own, ours and `peer`, not started yet."""
+    with pairs(tmp_path) as make:
+        yield make
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failed test shows what its nodes said."""
+    report = yield
+    if report.failed:
+        report.sections.extend(("nodes", pair.report()) for pair in _live)
+    return report
