@@ -206,6 +206,7 @@ class Controller:
         elif source != tunnel.remote:
             self._follow(header, tunnel, source, now)
         tunnel.traffic.saw_in = True
+        tunnel.traffic.last_in = now.mono
         self._dispatch(header, tunnel, plaintext, source, now)
 
     def _dispatch(
@@ -450,6 +451,9 @@ class Controller:
     def _swap_primary(self, tunnel: Tunnel) -> None:
         """Move to the tunnel the peer uses. Only the host with the lower address does, so both end on one."""
         core = self._core
+        used = core.hostmap.primary(tunnel.addresses[0])
+        if used is not None and used.traffic.last_in >= tunnel.traffic.last_in:
+            return  # what came through this one came before the peer took to the other, or restarted
         mine = core.own_networks[0].ip
         if _order(tunnel.addresses[0]) < _order(mine) or tunnel.counter >= REHANDSHAKE_COUNTER:
             return

@@ -335,6 +335,7 @@ class Handshakes:
         core = self._core
         for old in surplus:
             core.cancel_timers(old)
+        tunnel.traffic.last_in = now.mono
         core.remotes.unblock(tunnel.addresses)
         interval = core.config.timers.connection_alive_interval
         core.timers.arm((TimerKind.CHECK, tunnel.local_index), Seconds(now.mono + interval))

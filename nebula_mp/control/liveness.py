@@ -32,6 +32,7 @@ class Traffic:
     """What one tunnel saw since its last check."""
 
     last_used: Seconds
+    last_in: Seconds = Seconds(float("-inf"))  # when an authentic datagram came; the handshake's count
     saw_in: bool = False
     saw_out: bool = False
     delete_at: Seconds | None = None  # set while a deletion is pending

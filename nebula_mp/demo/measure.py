@@ -71,11 +71,17 @@ def iperf_server(space: Namespace, address: str) -> Iterator[None]:
         server.wait()
 
 
-def throughput(space: Namespace, address: str, *, seconds: int, reverse: bool = False) -> float:
-    """Bits per second that one TCP stream delivered to its receiver; `reverse`: towards `space`."""
+def throughput(
+    space: Namespace, server: Namespace, address: str, *, seconds: int, reverse: bool = False
+) -> float:
+    """Bits per second that one TCP stream from `space` to `server` at `address` delivered; `reverse`: back.
+
+    Each measurement has a server of its own: one that still ends the last test turns the next client away.
+    """
     argv = ["iperf3", "--client", address, "--port", str(IPERF_PORT), "--time", str(seconds), "--json"]
     argv += ["--connect-timeout", "5000", *(["--reverse"] if reverse else [])]
-    return parse_iperf(space.run(*argv, timeout_s=seconds + 30))
+    with iperf_server(server, address):
+        return parse_iperf(space.run(*argv, timeout_s=seconds + 30))
 
 
 def parse_iperf(text: str) -> float:

@@ -197,6 +197,25 @@ def test_a_restarted_peer_that_is_talked_to_answers_with_recv_error_and_is_back_
     assert b.delivered == [packet]
 
 
+def test_a_tunnel_that_a_restart_made_useless_does_not_become_primary_again() -> None:
+    wire = Wire()
+    a, b = wire.nodes
+    wire.connect(a, b)
+    wire.advance(1)
+    b = wire.join(2)
+    wire.everybody_knows_everybody()
+    wire.send(a, b, b"lost")
+    wire.settle()
+
+    packets = []
+    for _ in range(30):
+        packets.append(wire.send(a, b))
+        wire.advance(0.5)
+
+    assert b.delivered == packets
+    assert b.controller.stats["drop.unknown_index"] == 2  # the lost packet, and the test that asked why
+
+
 def test_a_peer_that_vanished_is_tested_then_forgotten() -> None:
     wire = Wire()
     a, b = wire.nodes
