@@ -19,11 +19,15 @@ class NebulaError(Exception):
 
 
 class ConfigError(NebulaError):
-    """The configuration cannot be used. `problems` holds one line for each, `file:line:column: key: text`."""
+    """The configuration cannot be used. `problems` holds one line for each, `file:line:column: key: text`.
 
-    def __init__(self, *problems: str) -> None:
+    `warnings` are what else was noticed; an unknown key may be why another is missing.
+    """
+
+    def __init__(self, *problems: str, warnings: tuple[str, ...] = ()) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+        self.warnings = warnings
 
 
 class WireError(NebulaError):

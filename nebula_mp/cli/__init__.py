@@ -22,7 +22,7 @@ COMMANDS = {
     "stop": "stop a running gateway",
     "reload": "make a running gateway read its configuration, certificate and keys again",
     "status": "show a running gateway and its tunnels",
-    "config": "check, format and explain configuration files",
+    "config": "check configuration files",
     "cert": "make CAs, keys and certificates, print and verify them; same flags as nebula-cert",
     "demo": "two nodes in network namespaces: handshake, ping and throughput, then cleaned up",
     "version": "show the version and what it runs on",
@@ -64,8 +64,10 @@ def exit_code(error: NebulaError) -> int:
 
 def _complain(error: object) -> None:
     # Problems in a configuration begin with file:line:column, as editors and people like them.
-    text = str(error) if isinstance(error, ConfigError) else f"nebula-mp: {error}"
-    print(text, file=sys.stderr)
+    if isinstance(error, ConfigError):
+        print(*(f"warning: {warning}" for warning in error.warnings), error, sep="\n", file=sys.stderr)
+    else:
+        print(f"nebula-mp: {error}", file=sys.stderr)
 
 
 def build_parser(named: Container[str] | None = None) -> argparse.ArgumentParser:

@@ -67,7 +67,7 @@ def check(path: Path, *, strict: bool) -> Verdict:
     try:
         loaded = load_config(path, strict=strict)
     except ConfigError as error:
-        return Verdict(error.problems, (), ())
+        return Verdict(error.problems, error.warnings, ())
     try:
         pki = load_pki(loaded.config.pki, clock.wall_s())
     except (ConfigError, CertError) as error:

@@ -70,7 +70,7 @@ class Report:
     def raise_problems(self) -> None:
         """Raise ConfigError with all problems, if there are any."""
         if self._problems:
-            raise ConfigError(*_lines(self._problems))
+            raise ConfigError(*_lines(self._problems), warnings=self.warnings())
 
     def warnings(self) -> tuple[str, ...]:
         """One line for each."""

@@ -73,6 +73,20 @@ def test_an_unknown_key_is_a_warning_and_with_strict_a_problem(capsys: pytest.Ca
 
 
 @pytest.mark.usefixtures("directory")
+def test_an_unknown_key_is_named_beside_problems_too(capsys: pytest.CaptureFixture[str]) -> None:
+    text = f"{PKI}lisen: {{port: 1}}\ntun: {{mtu: 1}}\n"
+
+    assert validate(text) == 1
+    on_validate = capsys.readouterr().out
+    assert cli.main(["start", "-c", "config.yml"]) == 1
+    on_start = capsys.readouterr().err
+
+    for said in (on_validate, on_start):
+        assert 'warning: config.yml:2:1: lisen: unknown key; did you mean "listen"?' in said
+        assert "tun.mtu" in said
+
+
+@pytest.mark.usefixtures("directory")
 def test_settings_without_effect_are_one_warning(capsys: pytest.CaptureFixture[str]) -> None:
     assert validate(f"{PKI}punchy: {{punch: true}}\nroutines: 2\n", "--strict") == 0
     assert capsys.readouterr().out == (
@@ -124,7 +138,7 @@ def test_json_says_the_same_for_programs(capsys: pytest.CaptureFixture[str]) -> 
         "schema": 1,
         "valid": False,
         "problems": ['config.yml:3:12: tun.mtu: found "1", expected a whole number 68..65475'],
-        "warnings": [],
+        "warnings": ["known to Nebula but without effect here yet: routines (config.yml:2)"],
         "sources": [],
     }
 
