@@ -64,7 +64,7 @@ def ping(source: Endpoint, destination: Endpoint, *, within_s: float = 10.0) -> 
 
 
 def check_large_pings(source: Endpoint, destination: Endpoint, sizes: Sequence[int] = PING_SIZES) -> None:
-    """`ping -s SIZE`, five of each, in fragments: each is answered, with its content unchanged."""
+    """`ping -s SIZE`, three of each, in fragments: each is answered, with its content unchanged."""
     for size in sizes:
         argv = [
             "ping",
