@@ -125,12 +125,10 @@ class Lab:
             for address in addresses:
                 space.run("ip", "address", "add", address, "dev", device)
             space.run("ip", "link", "set", device, "up")
-        if any(":" in address for address in (*left_addresses, *right_addresses)):
-            # The kernel tells IPv6 of a carrier up to 1 s late, and neighbours asked before then wait longer.
-            for space in (left, right):
-                space.run(
-                    "sh", "-c", f"until ip link show {device} | grep -q 'state UP'; do sleep 0.05; done"
-                )
+        # The kernel brings a carrier up to 1 s late: what is sent before is lost, and IPv6 neighbours that
+        # were asked before wait longer.
+        for space in (left, right):
+            space.run("sh", "-c", f"until ip link show {device} | grep -q 'state UP'; do sleep 0.05; done")
 
     def close(self) -> None:
         """End what runs inside and remove the namespaces; may be called again."""

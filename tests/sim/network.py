@@ -40,7 +40,7 @@ CALM = Weather()
 
 
 class Fate(Enum):
-    """What became of a datagram; SENT is also what lies behind a duplicate and a copy."""
+    """What became of a datagram, or what it is if not simply the one that was sent."""
 
     ON_THE_WAY = "on the way"
     DELIVERED = ""

@@ -111,13 +111,21 @@ def test_hosts_that_disagree_fail_the_run() -> None:
     a, b = world.hosts
     world.send(a, b)
     world.run(1)
-    world.check_agreement([(a, b)], same_tunnel=True)
+    world.check_agreement([(a, b)])
+    world.check_one_tunnel([(a, b)], within=0)
+
+    world.move(b, world.fresh_addr(), noticed=False)
+    with pytest.raises(AssertionError, match=f"host-1 sends to .*, but host-2 is at {b.at}"):
+        world.check_agreement([(a, b)])
 
     world.crash(b)
     world.start(b)
-
+    with pytest.raises(AssertionError, match="host-1 sends through a tunnel that host-2 does not have"):
+        world.check_agreement([(a, b)])
     with pytest.raises(AssertionError, match="host-2 has no tunnel"):
-        world.check_agreement([(a, b)], same_tunnel=False)
+        world.check_agreement([(b, a)])
+    with pytest.raises(AssertionError, match="use different tunnels"):
+        world.check_one_tunnel([(a, b)], within=1)
 
 
 def test_a_table_that_holds_more_than_it_should_fails_the_run() -> None:

@@ -6,9 +6,8 @@ wakes it when it asks. Keeps account of every inner packet: each arrives unalter
 sent to, and once at most, or the run fails at that moment.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from ipaddress import ip_address
 from random import Random
@@ -73,7 +72,6 @@ class Host:
     online: bool = True
     starts: int = 0
     wake_at: float | None = None
-    stats: Counter[str] = field(default_factory=Counter)  # of controllers that are gone
 
     @property
     def name(self) -> str:
@@ -155,8 +153,7 @@ class World:
 
     def crash(self, host: Host) -> None:
         """End the program without a word."""
-        controller = _running(host)
-        host.stats.update(controller.stats)
+        assert host.controller is not None
         host.controller = None
         self._unplug(host)
         self.network.note(host.name, "is gone")
@@ -304,26 +301,37 @@ class World:
                     letter.to,
                 )
 
-    def check_agreement(self, pairs: Iterable[tuple[Host, Host]], *, same_tunnel: bool) -> None:
-        """Fail unless each host sends through a tunnel that its peer holds, to where that peer is.
-
-        `same_tunnel`: and both use the same one.
-        """
+    def check_agreement(self, pairs: Iterable[tuple[Host, Host]]) -> None:
+        """Fail unless each host sends through a tunnel that its peer has, to where that peer is."""
         for pair in pairs:
             for a, b in (pair, pair[::-1]):
-                ours, theirs = self.status(a, b), self.status(b, a)
-                if ours is None or theirs is None:
-                    self.fail(f"{(a if ours is None else b).name} has no tunnel", a, b)
-                held = {(one.remote_index, one.local_index) for one in _running(b).hosts()}
-                if (ours.local_index, ours.remote_index) not in held:
-                    self.fail(f"{a.name} sends through a tunnel that {b.name} does not hold", a, b)
+                ours = self.status(a, b)
+                if ours is None:
+                    self.fail(f"{a.name} has no tunnel", a, b)
+                # It may be a candidate as yet: what proves it is on the way.
+                theirs = _running(b)._core.hostmap.by_index(ours.remote_index)
+                if theirs is None or theirs.remote_index != ours.local_index:
+                    self.fail(f"{a.name} sends through a tunnel that {b.name} does not have", a, b)
                 if ours.remote != b.at:
                     self.fail(f"{a.name} sends to {ours.remote}, but {b.name} is at {b.at}", a, b)
-                if same_tunnel and (ours.local_index, ours.remote_index) != (
-                    theirs.remote_index,
-                    theirs.local_index,
-                ):
+
+    def check_one_tunnel(self, pairs: Iterable[tuple[Host, Host]], *, within: float) -> None:
+        """Let time pass until both hosts of each pair send through the same tunnel; fail if it takes longer."""
+        end = self.now + within
+        for a, b in pairs:
+            while not self.is_one_tunnel(a, b):
+                if self.now >= end:
                     self.fail(f"{a.name} and {b.name} use different tunnels", a, b)
+                self.run(0.1)
+
+    def is_one_tunnel(self, a: Host, b: Host) -> bool:
+        """Tell whether what each sends through is the same tunnel."""
+        ours, theirs = self.status(a, b), self.status(b, a)
+        return (
+            ours is not None
+            and theirs is not None
+            and (ours.local_index, ours.remote_index) == (theirs.remote_index, theirs.local_index)
+        )
 
     def check_tables(self) -> None:
         """Fail if a table of any host is over its limit, or holds what nothing refers to."""

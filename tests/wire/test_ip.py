@@ -177,7 +177,9 @@ def test_the_protocol_of_a_later_ipv6_fragment_is_the_one_its_header_names() -> 
         pytest.param(behind(58, b""), id="icmpv6 missing"),
         pytest.param(behind(0, b"\x11"), id="hop-by-hop header cut"),
         pytest.param(behind(51, b""), id="authentication header missing"),
+        pytest.param(behind(51, b"\x11"), id="authentication header cut"),
         pytest.param(behind(44, bytes(7)), id="fragment header cut"),
+        pytest.param(behind(44, b"\x11\x00\x00\x08\x00\x00\x00"), id="later fragment's header cut"),
         pytest.param(behind(60, b"\x32\x01" + bytes(6)), id="extension header longer than the packet"),
         pytest.param(behind(51, b"\x3b\xff" + bytes(6)), id="authentication header longer than the packet"),
     ],
@@ -241,6 +243,11 @@ def test_any_buffer_gives_the_same_key_and_nothing_of_it_is_borrowed(
 def test_the_destination_is_the_remote_address_of_an_outbound_packet() -> None:
     for packet in VALID:
         assert destination(packet) == parse_flow(packet, inbound=False).remote
+
+
+def test_the_fixed_header_alone_has_a_destination() -> None:
+    assert destination(udp_in(4)[:20]) == B4.packed
+    assert destination(udp_in(6)[:40]) == B6.packed
 
 
 @pytest.mark.parametrize("packet", [b"", b"\x45", udp_in(4)[:19], udp_in(6)[:39], b"\x60"])
