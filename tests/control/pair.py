@@ -10,7 +10,8 @@ from nebula_mp.cert.identity import Identity
 from nebula_mp.config.model import Config, FirewallConfig, FirewallRule, PkiConfig
 from nebula_mp.control.actions import Action, LogEvent, SendDatagram, WriteTun
 from nebula_mp.control.controller import Controller
-from nebula_mp.newtypes import Instant, IPAddress, Seconds, UdpAddr
+from nebula_mp.newtypes import Counter, Instant, IPAddress, Seconds, TunnelIndex, UdpAddr
+from nebula_mp.wire.header import Header, MessageType
 from tests.support import packets
 from tests.support.pki import ANY_TIME, Pki
 
@@ -162,3 +163,19 @@ def udp(source: IPAddress, to: IPAddress, payload: bytes = b"hello") -> bytes:
 
 def with_config(**changes: object) -> Config:
     return replace(CONFIG, **changes)  # type: ignore[arg-type]  # replace() cannot be typed
+
+
+STRANGER = UdpAddr(ip_address("203.0.113.66"), 6666)
+
+
+def kinds(datagrams: list[Datagram]) -> list[str]:
+    names = []
+    for datagram in datagrams:
+        header = Header.parse(datagram.data)
+        stage = f"_{header.counter}" if header.type is MessageType.HANDSHAKE else ""
+        names.append(f"{header.type.name.lower()}{stage}")
+    return names
+
+
+def sealed(kind: MessageType, index: int, counter: int = 9) -> bytes:
+    return Header(kind, 0, TunnelIndex(index), Counter(counter)).encode() + bytes(16)
