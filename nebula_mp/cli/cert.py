@@ -1,31 +1,29 @@
 """`nebula-mp cert`: make CAs, keys and certificates, print and verify them; flags are those of nebula-cert.
 
 Data flow: argv, files, stdin -> [cli.cert] -> cert.sign, cert.keys, cert.codec, cert.pool -> files, stdout
-Knows files, prompts and how certificates are printed. Files are written with mode 0600, all or none, and
+Knows files and prompts. Files are written with mode 0600, all or none, and
 never over existing ones.
 Source: slackhq/nebula, cmd/nebula-cert, release 1.11.0.
 """
 
 import argparse
 import getpass
-import json
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from ipaddress import ip_interface
 from pathlib import Path
-from typing import Any
 
 from nebula_mp import __version__, clock
 from nebula_mp.cert import codec, keys
 from nebula_mp.cert.encrypted_key import Argon2Parameters
-from nebula_mp.cert.model import Certificate, format_network
+from nebula_mp.cert.model import Certificate
 from nebula_mp.cert.pool import CaPool
 from nebula_mp.cert.sign import CertificateRequest, self_sign, sign_certificate
+from nebula_mp.cli.cert_json import describe, encode_json
 from nebula_mp.cli.go_flags import GoFlagParser, parse_duration, parse_uint
 from nebula_mp.crypto.dh import PrivateKey
 from nebula_mp.crypto.signing import SigningKey
@@ -48,8 +46,6 @@ _CURVES = {
     "P256": Curve.P256,
 }
 _PREFIX = re.compile(r"[^/%]+/(0|[1-9][0-9]{0,2})")
-# Go's encoder escapes these inside strings, and they occur nowhere else in JSON.
-_GO_ESCAPES = str.maketrans({each: f"\\u{ord(each):04x}" for each in "<>&\u2028\u2029"})
 
 _NO_QR = "not offered here: give the file to a program such as qrencode"
 _NO_PKCS11 = "not offered here: keys are files; sign with a nebula-cert that was built for PKCS#11"
@@ -385,58 +381,11 @@ def _print(arguments: argparse.Namespace) -> None:
             if arguments.json:
                 printed.append(fields)
             else:
-                _to_stdout(_encode_json(fields, indent="\t") + "\n")
+                _to_stdout(encode_json(fields, indent="\t") + "\n")
     except CertError as error:
         raise _FailedError(f"error while unmarshaling cert: {error}") from None
     if arguments.json:
-        _to_stdout(_encode_json(printed) + "\n")
-
-
-def describe(certificate: Certificate) -> dict[str, Any]:
-    """Return the certificate as nebula-cert prints it, times in this machine's time zone.
-
-    CertError when a time has no calendar date, which JSON could not show.
-    """
-    is_v1 = certificate.version is CertVersion.V1
-    nothing: list[str] | None = [] if is_v1 else None
-    details: dict[str, Any] = {
-        "name": certificate.name,
-        "networks": [format_network(each) for each in certificate.networks] or nothing,
-        "unsafeNetworks": [format_network(each) for each in certificate.unsafe_networks] or nothing,
-        "groups": list(certificate.groups) or nothing,
-        "notBefore": _local_time(certificate.not_before),
-        "notAfter": _local_time(certificate.not_after),
-        "isCa": certificate.is_ca,
-        "issuer": certificate.issuer,
-    }
-    fields: dict[str, Any] = {
-        "version": int(certificate.version),
-        "details": details,
-        "fingerprint": certificate.fingerprint,
-        "signature": certificate.signature.hex(),
-    }
-    (details if is_v1 else fields).update(
-        publicKey=certificate.public_key.hex(), curve=certificate.curve.name
-    )
-    return fields
-
-
-def _local_time(unix_s: int) -> str:
-    """Give RFC 3339 as Go does: whole minutes of offset, and Z for none."""
-    try:
-        local = datetime.fromtimestamp(unix_s, UTC).astimezone()
-    except (ValueError, OverflowError, OSError):
-        raise CertError(f"unix time {unix_s} has no calendar date") from None
-    offset = local.utcoffset()
-    minutes = int(offset.total_seconds() / 60) if offset else 0
-    zone = f"{'-' if minutes < 0 else '+'}{abs(minutes) // 60:02}:{abs(minutes) % 60:02}" if minutes else "Z"
-    return local.replace(tzinfo=None).isoformat(timespec="seconds") + zone
-
-
-def _encode_json(value: object, indent: str | None = None) -> str:
-    separators = (",", ": ") if indent else (",", ":")
-    text = json.dumps(value, indent=indent, separators=separators, sort_keys=True, ensure_ascii=False)
-    return text.translate(_GO_ESCAPES)
+        _to_stdout(encode_json(printed) + "\n")
 
 
 # --- verify
@@ -476,7 +425,7 @@ def _why_not_trusted(pool: CaPool, certificate: Certificate, at: int) -> str:
         known = {authority.fingerprint for authority in pool.authorities}
         if certificate.issuer and certificate.issuer not in known:
             return f"v{certificate.version} {certificate.name} with issuer {certificate.issuer}: {error}"
-        return f"{_encode_json(describe(certificate), indent=chr(9))}: {error}"
+        return f"{encode_json(describe(certificate), indent=chr(9))}: {error}"
     return ""
 
 
