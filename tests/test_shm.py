@@ -1,8 +1,8 @@
 import contextlib
 import ctypes
 import errno
-import gc
 import fcntl
+import gc
 import mmap
 import os
 import signal
