@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nebula_mp.errors import RingError, SystemCallError
-from nebula_mp.shm import PAGE_BYTES, U64_MAX, Mapping, Region, load_word
+from nebula_mp.shm import PAGE_BYTES, U64_MAX, LockFile, Mapping, Region, load_word
 from nebula_mp.shm_ring import (
     AREA_BYTES,
     AREAS,
@@ -23,6 +23,7 @@ from nebula_mp.shm_ring import (
     STATE,
     TAIL,
     Consumer,
+    DrainLease,
     Entry,
     Geometry,
     Producer,
@@ -108,6 +109,22 @@ def test_impossible_sizes_are_refused_by_who_makes_and_by_who_attaches(
         Consumer(
             Mapping(data.read_only, DATA, writable=False), Mapping(state.descriptor, STATE, writable=True)
         )
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        pytest.param(Geometry(1, 128, 3), id="one area of 16 bytes"),
+        pytest.param(Geometry(4096, 128, 1), id="most areas"),
+        pytest.param(Geometry(1, 64 * 1025, 4095), id="most entries"),
+    ],
+)
+def test_the_smallest_and_largest_sizes_are_possible(geometry: Geometry, keep: Keep) -> None:
+    memory = keep(small_ring(geometry))
+    producer, consumer = produce(memory), consume(memory)
+
+    assert publish(producer, bytes(geometry.data_bytes))
+    assert drain_all(consumer) == [[bytes(geometry.data_bytes)]]
 
 
 @pytest.mark.parametrize(
@@ -247,6 +264,7 @@ def test_a_producer_may_lay_out_the_data_itself(memory: RingMemory) -> None:
     [
         pytest.param(lambda producer, _: producer.publish(), id="publish without begin"),
         pytest.param(lambda producer, _: producer.try_begin() and producer.publish(), id="publish nothing"),
+        pytest.param(lambda producer, _: publish(producer, b"a") and producer.publish(), id="publish twice"),
         pytest.param(lambda producer, _: producer.data, id="data without begin"),
         pytest.param(lambda producer, _: producer.try_append(0, 1), id="append without begin"),
         pytest.param(
@@ -278,6 +296,31 @@ def test_misuse_by_our_own_code_is_an_assertion(
 ) -> None:
     with pytest.raises(AssertionError):
         misuse(produce(memory), consume(memory))
+
+
+def test_each_side_needs_its_own_words_writable(memory: RingMemory, keep: Keep) -> None:
+    lock = keep(LockFile.create()).lock(0)
+    data = Mapping(memory.data.read_only, DATA, writable=False)
+    state = Mapping(memory.state.read_only, STATE, writable=False)
+
+    for attach in (
+        lambda: Producer(data, state),
+        lambda: Consumer(data, state),
+        lambda: DrainLease(state, lock, WRITER),
+    ):
+        with pytest.raises(AssertionError):
+            attach()
+
+
+def test_a_consumer_without_a_lease_may_take_and_drop_like_one_with(memory: RingMemory) -> None:
+    producer, consumer = produce(memory), consume(memory)
+    publish(producer, b"x")
+
+    assert consumer.try_take()
+    assert consumer.drop()
+    assert drain_all(consumer) == [[b"x"]]
+    assert not consumer.drop()
+    assert memory.holder() is None
 
 
 def test_a_producer_cannot_store_the_consumers_words_nor_a_consumer_the_producers(memory: RingMemory) -> None:
@@ -376,6 +419,17 @@ def test_a_successor_on_the_seal_ring_sends_the_whole_area_again(memory: RingMem
 
     assert drain_all(successor) == [[b"a", b"b", b"c"]]
     assert successor.resumed == 0
+
+
+def test_progress_is_neither_stored_nor_looked_at_on_the_seal_ring(memory: RingMemory) -> None:
+    publish(produce(memory), b"a", b"b")
+    drained = consume(memory, Recovery.SEND_AGAIN)
+    drained.pending()
+    assert len([*drained.entries()]) == 2
+    assert load_word(memory.state.descriptor, PROGRESS) == 0
+    patch(memory, "progress", 1)
+
+    assert drain_all(consume(memory, Recovery.SEND_AGAIN)) == [[b"a", b"b"]]
 
 
 @pytest.mark.parametrize("begun", [0, 1, 2, 3])

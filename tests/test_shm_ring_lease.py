@@ -97,6 +97,8 @@ def test_without_the_lease_nothing_can_be_drained(memory: RingMemory, locks: Loc
     consumer.drop()
     with pytest.raises(AssertionError):
         consumer.pending()
+    with pytest.raises(AssertionError, match="try_take first"):
+        next(consumer.entries())
 
 
 @pytest.mark.parametrize("word", [0, READER])
@@ -264,6 +266,24 @@ def test_an_event_loop_may_watch_the_bell(bell: Bell) -> None:
     assert not select.select([bell], [], [], 0)[0]
     bell.ring()
     assert select.select([bell], [], [], 0)[0]
+
+
+def test_a_sleep_without_a_limit_is_refused(bell: Bell) -> None:
+    bell.ring()
+
+    with pytest.raises(AssertionError):
+        bell.wait(-1)
+
+
+def test_a_closed_bell_gives_its_descriptor_back() -> None:
+    bell = Bell.create()
+    descriptor = bell.fileno()
+
+    bell.close()
+
+    assert bell.descriptor == -1
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
 
 
 def test_a_bell_that_cannot_be_made_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,15 +13,12 @@ class KilledError(BaseException):
 
 
 class Watched:
-    """Looks like the memoryview `view`; `load` and `store` are called before each access."""
+    """Looks like the memoryview `view`; `load` and `store` are called before each access.
 
-    def __init__(
-        self,
-        view: memoryview,
-        *,
-        load: Callable[[], None] = lambda: None,
-        store: Callable[[], None] = lambda: None,
-    ) -> None:
+    A slice is loaded and stored in pieces of 8 bytes, with a call before each, as memcpy may do it.
+    """
+
+    def __init__(self, view: memoryview, *, load: Callable[[], None], store: Callable[[], None]) -> None:
         self._view = view
         self._load = load
         self._store = store
@@ -30,12 +27,25 @@ class Watched:
         return len(self._view)
 
     def __getitem__(self, at: Any) -> Any:
-        self._load()
-        return self._view[at]
+        if not isinstance(at, slice):
+            self._load()
+            return self._view[at]
+        view = self._view[at].cast("B")
+        copy = bytearray()
+        for begin in range(0, len(view), 8):
+            self._load()
+            copy += view[begin : begin + 8]
+        return memoryview(copy).cast(self._view.format)  # type: ignore[call-overload]
 
     def __setitem__(self, at: Any, value: Any) -> None:
-        self._store()
-        self._view[at] = value
+        if not isinstance(at, slice):
+            self._store()
+            self._view[at] = value
+            return
+        view = self._view[at].cast("B")
+        for begin in range(0, len(view), 8):
+            self._store()
+            view[begin : begin + 8] = value[begin : begin + 8]
 
 
 def watch(target: object, names: str, *, load: Callable[[], None], store: Callable[[], None]) -> None:
