@@ -1,6 +1,6 @@
 """Seal and open with the network's AEAD; the nonce is the 64-bit counter.
 
-Data flow: noise.symmetric, control.controller -> [crypto.aead] -> cryptography
+Data flow: noise.symmetric, control.controller, datapath -> [crypto.aead] -> cryptography
 Knows where the counter sits in the nonce; does not know whether a counter was used before.
 Source: Noise section 12 (cipher functions); RFC 8439; NIST SP 800-38D.
 """
@@ -43,4 +43,19 @@ class Aead:
         try:
             return self._cipher.decrypt(self._nonce(counter), ciphertext, associated_data)
         except InvalidTag:
+            raise AuthError(f"authentication tag of packet {counter} does not fit") from None
+
+    def seal_into(self, counter: int, associated_data: Buffer, plaintext: Buffer, out: memoryview) -> None:
+        """Do as `seal`, but write to `out`, which has room for exactly the plaintext and a tag."""
+        self._cipher.encrypt_into(self._nonce(counter), plaintext, associated_data, out)
+
+    def open_into(self, counter: int, associated_data: Buffer, ciphertext: Buffer, out: memoryview) -> None:
+        """Do as `open`, but write to `out`, which has room for exactly the ciphertext without its tag.
+
+        On AuthError it is all zeros: nobody can take what was not authentic for a plaintext.
+        """
+        try:
+            self._cipher.decrypt_into(self._nonce(counter), ciphertext, associated_data, out)
+        except InvalidTag:
+            out[:] = bytes(len(out))
             raise AuthError(f"authentication tag of packet {counter} does not fit") from None

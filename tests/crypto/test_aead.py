@@ -105,3 +105,34 @@ def test_another_counter_or_another_key_does_not_open(cipher: Cipher, counter: i
 def test_bytes_too_short_for_a_tag_and_tags_of_nothing_are_refused(cipher: Cipher, size: int) -> None:
     with pytest.raises(AuthError):
         Aead(cipher, KEY).open(3, b"", bytes(size))
+
+
+@given(ciphers, counters, st.binary(max_size=40), st.binary(max_size=80), st.integers(0, 9))
+def test_sealing_and_opening_into_a_buffer_gives_the_same_bytes_and_touches_no_others(
+    cipher: Cipher, counter: int, associated_data: bytes, plaintext: bytes, offset: int
+) -> None:
+    aead = Aead(cipher, KEY)
+    expected = aead.seal(counter, associated_data, plaintext)
+    sealed, opened = bytearray(b"\xdd" * 120), bytearray(b"\xdd" * 120)
+    at = slice(offset, offset + len(expected))
+
+    aead.seal_into(counter, associated_data, plaintext, memoryview(sealed)[at])
+    end = offset + len(plaintext)
+    aead.open_into(counter, associated_data, memoryview(sealed)[at], memoryview(opened)[offset:end])
+
+    assert bytes(sealed) == b"\xdd" * offset + expected + b"\xdd" * (120 - at.stop)
+    assert bytes(opened) == b"\xdd" * offset + plaintext + b"\xdd" * (120 - end)
+
+
+@pytest.mark.parametrize("cipher", Cipher)
+@pytest.mark.parametrize("size", [0, 1, 64])
+def test_a_buffer_that_something_forged_was_opened_into_holds_only_zeros(cipher: Cipher, size: int) -> None:
+    aead = Aead(cipher, KEY)
+    forged = bytearray(aead.seal(5, b"ad", bytes(range(1, size + 1))))
+    forged[-1] ^= 1
+    out = bytearray(b"\xdd" * size)
+
+    with pytest.raises(AuthError, match="packet 5"):
+        aead.open_into(5, b"ad", forged, memoryview(out))
+
+    assert bytes(out) == bytes(size)

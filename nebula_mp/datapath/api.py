@@ -1,0 +1,345 @@
+"""What every kernel does: batches between a descriptor, the shared tables and a ring.
+
+Data flow: workers.reader: TUN -> [Sealer] -> seal ring -> [Drain] -> UDP
+           workers.reader: UDP -> [Opener] -> open ring -> [Drain] -> TUN
+           [Sealer] | [Opener] -> upcall ring -> `take_upcalls` -> workers.control
+Knows how the parts are called, what they count and what goes up to control; decides no policy: whatever the
+tables do not answer is an upcall. `datapath.python` is the reference, always there, and the specification.
+Source: docs/architecture.md, "The kernel" and "The life of a packet".
+
+Who may call what:
+
+| part    | process that may use it                 | it alone                                             |
+|---------|-----------------------------------------|------------------------------------------------------|
+| Sealer  | reader i                                | reads TUN queue i, fills seal ring i                 |
+| Opener  | reader i                                | reads UDP member 1 + i, fills open ring i, moves the |
+|         |                                         | windows of the tunnels it owns                       |
+| Upcalls | reader i; shared by its two parts       | fills upcall ring i                                  |
+| Drain   | whoever has the ring's lease: reader i  | makes the system calls of that ring's areas          |
+|         | or writer i                             |                                                      |
+
+Buffers. What is read from a descriptor stays in memory of the reader's own until it was sealed or opened into
+the area being filled; an area is the producer's until it is published, and the consumer's until every system
+call on it has returned. Nobody outside a kernel gets a view of either. An `Upcall` is a copy.
+
+Waiting. No part blocks. A Drain waits at most 1 ms (UDP) or 10 ms (TUN) for room for a packet, and after one
+wait in vain no more in the same call; `bell_wait` waits for as long as it is told.
+
+Errors. What a peer, a stranger or the local stack sends never raises. OSError: the descriptor is lost, which
+no network can cause. RingError: shared memory contradicts us. After either the part may not be used again,
+and the process ends, or makes a new one.
+
+Counting. Every packet that was read is sealed or opened into a ring, handed over (upcall, another reader), or
+counted under exactly one `Drop`. So over all processes, with empty rings and no process killed on the way:
+
+    mp.tun.rx.packets + mp.udp.rx.packets
+        = mp.udp.tx.packets + mp.tun.tx.packets + mp.upcalls + drops (with mp.ring.resumed)
+
+What one reader hands to another (`mp.strangers`) was counted when it came in, and is counted by its owner
+when it leaves. What a Drain was doing when its process died it sends again (UDP) or passes over (TUN).
+"""
+
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+from ipaddress import IPv4Address, IPv6Address
+from typing import Final, NamedTuple, Protocol
+
+from nebula_mp.errors import RingError
+from nebula_mp.newtypes import Buffer, IPNetwork, Seconds, TunnelIndex, UdpAddr
+from nebula_mp.shm_ring import Bell, Consumer
+
+DATAGRAM_BYTES_MAX: Final = 9001
+"""The largest datagram a Nebula node reads."""
+
+UPCALL_AREA_BYTES: Final = 16 * 1024
+UPCALL_ENTRIES: Final = 32
+"""For rings of upcalls and of strangers: any datagram fits into an area behind its record."""
+UPCALL_AREAS: Final = 32
+STRANGER_AREAS: Final = 8
+
+
+class Drop(StrEnum):
+    """Why a packet went no further; the value is the name of its counter in `shm_stats`."""
+
+    # Datagrams, in the order in which they are checked.
+    OVERSIZE = "drop.oversize"  # more than DATAGRAM_BYTES_MAX, or than fits an area
+    SHORT = "drop.short"
+    VERSION = "drop.version"
+    TYPE = "drop.type"
+    LOOPED = "drop.looped"  # came from an address inside the overlay
+    UNKNOWN_INDEX = "drop.unknown_index"
+    STRANGER_RING_FULL = "mp.ring.full.stranger"
+    TRUNCATED = "drop.truncated"
+    REPLAY = "drop.replay"
+    OLD = "drop.old"  # behind the replay window
+    OPEN_RING_FULL = "mp.ring.full.open"  # before it was opened: the window has not moved
+    AUTH = "drop.auth"
+    INNER_IP = "drop.inner_ip"
+    SOURCE_ADDR = "drop.source_addr"
+    REFUSED_IN = "drop.firewall.incoming.no_rule"  # a refusal in the flow table, which keeps no reason
+    # Packets from the TUN device.
+    TUN_INNER_IP = "drop.tun.inner_ip"
+    REFUSED_OUT = "drop.firewall.outgoing.no_rule"  # as above
+    SEAL_RING_FULL = "mp.ring.full.seal"
+    EXHAUSTED = "drop.exhausted"  # no counter: at its end, or its lock was held for more than a millisecond
+    # Both ways to control.
+    UPCALL_LIMITED = "mp.upcalls.limited"
+    UPCALL_RING_FULL = "mp.ring.full.upcall"
+    # Drains.
+    TUN_NO_MEMORY = "mp.tun.drop.nobufs"
+    TUN_REFUSED = "mp.tun.drop.refused"
+    TUN_FULL = "mp.tun.drop.again"
+    UDP_FULL = "udp.tx.dropped"
+    UDP_UNREACHABLE = "mp.udp.drop.unreachable"
+    UDP_TOO_BIG = "mp.udp.drop.toobig"
+    UDP_REFUSED_LOCALLY = "mp.udp.drop.eperm"
+    UDP_OTHER = "mp.udp.drop.other"
+
+
+class UpcallReason(IntEnum):
+    """Why control is asked, and so what the packet of an `Upcall` is.
+
+    plain: an IP packet from the TUN device. opened: the content of an authentic message whose counter is
+    marked in the window. raw: a whole datagram, of which nothing was checked but its length.
+    """
+
+    NEW_FLOW_OUT = 1  # plain; the flow table does not say where to
+    NO_TUNNEL = 2  # plain; the flow's peer has no tunnel that could send
+    NEW_FLOW_IN = 3  # opened, an IP packet; the flow table does not know it as a flow of this peer
+    MESSAGE = 4  # opened; anything but an IP packet: test, lighthouse, close, control
+    FIRST = 5  # opened; the first authentic message on a candidate, of any type
+    MOVED = 6  # empty: an IP packet came from another address than the tunnel's, and was delivered
+    DATAGRAM = 7  # raw; a handshake, recv_error, punch or relay frame
+    UNKNOWN_INDEX = 8  # raw; there is no tunnel of this index
+
+
+class Arrival(NamedTuple):
+    """How a datagram came."""
+
+    source: UdpAddr
+    type: int  # of the message
+    subtype: int
+    at_ms: int  # monotonic clock
+
+
+class Upcall(NamedTuple):
+    """One thing control has to decide; a copy."""
+
+    reason: UpcallReason
+    at_ms: int  # monotonic clock
+    local_index: TunnelIndex  # the tunnel's; 0 for plain and raw ones
+    source: UdpAddr | None  # None for plain ones
+    type: int  # of the message; 0 for plain ones
+    subtype: int
+    packet: bytes
+
+
+_RECORD = struct.Struct("<QIHBBBBxxI16s")  # time, index, port, family, reserved, type, subtype, scope, IP
+RECORD_BYTES: Final = _RECORD.size
+"""What a record has in front of its packet."""
+
+assert RECORD_BYTES == 40
+assert RECORD_BYTES + DATAGRAM_BYTES_MAX <= UPCALL_AREA_BYTES - 64 - 16 * UPCALL_ENTRIES
+
+
+def encode_record(arrival: Arrival, local_index: int) -> bytes:
+    """Spell what stands in front of a packet that came in a datagram."""
+    source, kind, subtype, at_ms = arrival
+    scope = 0
+    if isinstance(source.ip, IPv6Address) and source.ip.scope_id is not None:
+        scope = int(source.ip.scope_id)  # always a number: see datapath.sockaddr
+    version, packed = source.ip.version, source.ip.packed
+    return _RECORD.pack(at_ms, local_index, source.port, version, 0, kind, subtype, scope, packed)
+
+
+def encode_plain_record(at_ms: int) -> bytes:
+    """Spell what stands in front of a packet of the local stack's."""
+    return _RECORD.pack(at_ms, 0, 0, 0, 0, 0, 0, 0, b"")
+
+
+def parse_record(record: bytes) -> tuple[int, TunnelIndex, UdpAddr | None, int, int, bytes]:
+    """Give time, index, source, type, subtype and packet. Raises RingError for what no reader writes."""
+    if len(record) < RECORD_BYTES:
+        raise RingError("upcall ring", "length of a record", len(record), f"{RECORD_BYTES} or more")
+    at_ms, index, port, family, _, kind, subtype, scope, packed = _RECORD.unpack_from(record)
+    source = None
+    match family:
+        case 0:
+            pass
+        case 4:
+            source = UdpAddr(IPv4Address(packed[:4]), port)
+        case 6:
+            ip = IPv6Address(packed)
+            source = UdpAddr(IPv6Address(f"{ip}%{scope}") if scope else ip, port)
+        case _:
+            raise RingError("upcall ring", "address family", family, "0, 4 or 6")
+    return at_ms, TunnelIndex(index), source, kind, subtype, record[RECORD_BYTES:]
+
+
+def take_upcalls(ring: Consumer, budget: int) -> Iterator[Upcall]:
+    """At most `budget` areas of upcalls, in order; each area is released when its last one was taken.
+
+    `ring` was made with `segments=False`. Control only. Raises RingError for what no reader writes: drop the
+    ring and have the supervisor replace reader and ring; control itself lives on.
+    """
+    for _ in range(min(ring.pending(), budget)):
+        for entry, data in ring.entries():
+            try:
+                reason = UpcallReason(entry.segment)
+            except ValueError:
+                raise RingError("upcall ring", "reason", entry.segment, "one of UpcallReason") from None
+            yield Upcall(reason, *parse_record(bytes(data)))
+        ring.release()
+
+
+class RingFds(NamedTuple):
+    """A ring's regions as this process inherited them: read-only where it may only read."""
+
+    data: int
+    state: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReaderMemory:
+    """Everything of the shared memory that reader `worker` is given, as descriptors.
+
+    Borrowed for the call that gets them: what is mapped stays mapped. Only `locks` must stay open until the
+    process ends, and no other descriptor of that file may ever be closed in it (see `shm.LockFile`).
+    """
+
+    worker: int
+    stats: int  # its own page, writable
+    tunnels: int  # read-only
+    keys: int  # read-only
+    peers: int  # read-only
+    flows: int  # read-only
+    seen: int  # writable
+    send: int  # writable
+    windows: int  # writable
+    spans: tuple[int, ...]  # of all workers; only its own is writable
+    traffic: int  # its own, writable
+    locks: int
+    seal_ring: RingFds  # data writable
+    open_ring: RingFds  # data writable
+    upcall_ring: RingFds  # data writable
+    seal_states: tuple[int, ...]  # of all workers' seal rings, read-only: how far each has been sent
+    strangers_in: dict[int, RingFds]  # by the reader that fills it; state writable
+    strangers_out: dict[int, RingFds]  # by the owner that drains it; data writable
+    control_bell: int
+    stranger_bells: dict[int, int]  # by the owner that they wake
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpcallLimits:
+    """How many upcalls a second, and at once, a reader sends; the rest is dropped and counted.
+
+    They bound what one peer, or any number of strangers, can take of control's time.
+    """
+
+    per_tunnel: tuple[int, int] = (10_000, 1_000)
+    plain: tuple[int, int] = (10_000, 1_000)  # from the local stack
+    datagrams: tuple[int, int] = (5_000, 500)  # where the kernel does not steer, all handshakes are these
+    unknown: tuple[int, int] = (200, 100)  # control answers 100 a second at most
+    moved: tuple[int, int] = (20, 5)  # per tunnel; only a notice, so nothing is lost
+
+
+class Sealer(Protocol):
+    """TUN queue -> seal ring."""
+
+    def poll(self, budget: int) -> int:
+        """Read at most `budget` packets, until the queue is empty; gives how many. Publishes what it sealed.
+
+        Raises OSError, RingError.
+        """
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether packets are held back, since another worker is too far behind or has the counter's lock.
+
+        Then nothing more is read: poll again within a millisecond, after which they go or are dropped.
+        """
+
+    def waiting(self) -> int:
+        """Areas of the seal ring that wait: above 0 after a pass without the lease, ring the writer."""
+
+
+class Opener(Protocol):
+    """UDP socket and strangers of other readers -> open ring."""
+
+    def poll(self, budget: int) -> int:
+        """Take at most `budget` datagrams, until all is empty; gives how many. Publishes what it opened.
+
+        Raises OSError, RingError.
+        """
+
+    def waiting(self) -> int:
+        """Areas of the open ring that wait: as for the Sealer."""
+
+
+class Reader(Protocol):
+    """The two halves of a reader over one set of tables."""
+
+    @property
+    def sealer(self) -> Sealer:
+        """The outbound half."""
+
+    @property
+    def opener(self) -> Opener:
+        """The inbound half."""
+
+    def sweep(self) -> int:
+        """Forget the keys of tunnels that changed or ended; gives how many. Call it once a second."""
+
+
+class Drain(Protocol):
+    """Ring -> TUN queue or UDP socket, one system call for each packet.
+
+    An area is released when the call on its last packet has returned.
+    """
+
+    ring: Consumer
+    """For the lease: `try_take` before, `drop` after."""
+
+    def drain(self, budget: int) -> int:
+        """Empty at most `budget` areas; gives how many. Raises OSError, RingError."""
+
+
+class Kernel(Protocol):
+    """The whole of it. Descriptors are borrowed: they are non-blocking and stay open while a part lives."""
+
+    name: str
+    takes_coalesced: bool
+    """Whether an Opener's socket may have UDP_GRO on."""
+
+    def reader(
+        self,
+        tun_fd: int,
+        udp_fd: int,
+        memory: ReaderMemory,
+        *,
+        overlay: tuple[IPNetwork, ...],
+        clock: Callable[[], Seconds],
+        limits: UpcallLimits,
+        poison: bool = False,
+    ) -> Reader:
+        """Attach as reader, or as its successor. `overlay`: datagrams from these networks have looped.
+
+        `poison` overwrites released areas, for tests. Raises RingError, SystemCallError.
+        """
+
+    def drain_udp(self, ring: Consumer, udp_fd: int, *, tunnels: int, stats: int) -> Drain:
+        """Send a seal ring; `tunnels` and `stats` are the regions, read-only and writable."""
+
+    def drain_tun(self, ring: Consumer, tun_fd: int, *, stats: int) -> Drain:
+        """Write an open ring, which was made to go on behind the entry in progress."""
+
+    def bell_wait(self, bell: Bell, limit_ms: int) -> bool:
+        """Sleep until it is rung, at most `limit_ms`; True if it was."""
+
+    def bell_ring(self, bell: Bell) -> None:
+        """Wake whoever waits for it."""
+
+    def checksum(self, data: Buffer) -> int:
+        """RFC 1071."""

@@ -1,0 +1,174 @@
+"""The Python kernel: always there, and the specification of any other one.
+
+Data flow: workers -> [PythonKernel] -> sealing | opening | drains, over the shared regions it attaches to
+Knows which part gets which region; knows nothing of processes.
+
+What it does not do yet: it moves one packet with one system call, has no offloads in either direction
+(`takes_coalesced`), and so neither cuts nor joins superpackets. Parts that will: `PythonSealer._take` sees
+each packet once it was read, `PythonOpener._admit` each before it is published, and the drains already send
+entries of several datagrams. It has no relay table: relay frames go up. A datagram too large for the path is
+counted; the sender inside the tunnel is not told.
+"""
+
+import fcntl
+import os
+from collections.abc import Callable
+
+from nebula_mp.datapath.api import ReaderMemory, RingFds, UpcallLimits
+from nebula_mp.datapath.drains import TunDrain, UdpDrain
+from nebula_mp.datapath.filling import Drops, Filler, Strangers, Upcalls
+from nebula_mp.datapath.opening import PythonOpener
+from nebula_mp.datapath.sealing import Ciphers, PythonSealer
+from nebula_mp.newtypes import Buffer, IPNetwork, Seconds
+from nebula_mp.shm import Layout, LockFile, Mapping
+from nebula_mp.shm_counters import ReceiveWindows, SendCounters, Traffic
+from nebula_mp.shm_flows import FlowView
+from nebula_mp.shm_peers import PeerView
+from nebula_mp.shm_ring import DATA, HEAD, STATE, TAIL, Bell, Consumer, Producer
+from nebula_mp.shm_stats import StatsPage
+from nebula_mp.shm_table import FLOWS, KEYS, PEERS, SEEN, SEND, SPAN, TRAFFIC, TUNNELS, WINDOWS
+from nebula_mp.shm_tunnels import TunnelView, UnderlayView
+from nebula_mp.wire.ip import internet_checksum
+
+
+class PythonReader:
+    """A `datapath.api.Reader`."""
+
+    def __init__(
+        self,
+        tun_fd: int,
+        udp_fd: int,
+        memory: ReaderMemory,
+        *,
+        overlay: tuple[IPNetwork, ...],
+        clock: Callable[[], Seconds],
+        limits: UpcallLimits,
+        poison: bool,
+    ) -> None:
+        stats = StatsPage(memory.stats, writable=True)
+        drops = Drops(stats)
+        self._tunnels = TunnelView(
+            _attach(memory.tunnels, TUNNELS), _attach(memory.keys, KEYS), Ciphers.build, clock
+        )
+        flows = FlowView(_attach(memory.flows, FLOWS), _attach(memory.seen, SEEN))
+        traffic = Traffic(_attach(memory.traffic, TRAFFIC))
+        seal_data = _attach(memory.seal_ring.data, DATA, "seal")
+        seal = Producer(seal_data, _attach(memory.seal_ring.state, STATE, "seal"), poison=poison)
+        states = [_attach(state, STATE, f"seal/{number}") for number, state in enumerate(memory.seal_states)]
+        counters = SendCounters(
+            _attach(memory.send, SEND),
+            LockFile(memory.locks),
+            [_attach(span, SPAN, str(number)) for number, span in enumerate(memory.spans)],
+            memory.worker,
+            lambda worker: states[worker].words[TAIL],
+            published=seal_data.words[HEAD],
+        )
+        upcalls = Upcalls(
+            _produce(memory.upcall_ring, "upcall", poison=poison),
+            Bell(memory.control_bell),
+            stats,
+            drops,
+            limits,
+        )
+        self.sealer = PythonSealer(
+            tun_fd,
+            filler=Filler(seal),
+            area=lambda: seal_data.words[HEAD],
+            tunnels=self._tunnels,
+            peers=PeerView(_attach(memory.peers, PEERS)),
+            flows=flows,
+            counters=counters,
+            traffic=traffic,
+            upcalls=upcalls,
+            stats=stats,
+            clock=clock,
+            entries_max=seal.geometry.entries_max,
+        )
+        self.opener = PythonOpener(
+            udp_fd,
+            worker=memory.worker,
+            filler=Filler(_produce(memory.open_ring, "open", poison=poison)),
+            tunnels=self._tunnels,
+            flows=flows,
+            windows=ReceiveWindows(_attach(memory.windows, WINDOWS)),
+            traffic=traffic,
+            upcalls=upcalls,
+            strangers=Strangers(
+                {
+                    owner: _produce(ring, f"to {owner}", poison=poison)
+                    for owner, ring in memory.strangers_out.items()
+                },
+                {owner: Bell(bell) for owner, bell in memory.stranger_bells.items()},
+                stats,
+                drops,
+            ),
+            strangers_in=[
+                Consumer(
+                    _attach(ring.data, DATA, f"from {reader}"),
+                    _attach(ring.state, STATE, f"from {reader}"),
+                    segments=False,
+                )
+                for reader, ring in memory.strangers_in.items()
+            ],
+            overlay=overlay,
+            stats=stats,
+            clock=clock,
+        )
+
+    def sweep(self) -> int:
+        """As `Reader.sweep`."""
+        return self._tunnels.sweep()
+
+
+class PythonKernel:
+    """A `datapath.api.Kernel`."""
+
+    name = "python"
+    takes_coalesced = False
+
+    def reader(
+        self,
+        tun_fd: int,
+        udp_fd: int,
+        memory: ReaderMemory,
+        *,
+        overlay: tuple[IPNetwork, ...],
+        clock: Callable[[], Seconds],
+        limits: UpcallLimits,
+        poison: bool = False,
+    ) -> PythonReader:
+        """As `Kernel.reader`."""
+        return PythonReader(
+            tun_fd, udp_fd, memory, overlay=overlay, clock=clock, limits=limits, poison=poison
+        )
+
+    def drain_udp(self, ring: Consumer, udp_fd: int, *, tunnels: int, stats: int) -> UdpDrain:
+        """As `Kernel.drain_udp`."""
+        view = UnderlayView(_attach(tunnels, TUNNELS))
+        return UdpDrain(ring, udp_fd, view, StatsPage(stats, writable=True))
+
+    def drain_tun(self, ring: Consumer, tun_fd: int, *, stats: int) -> TunDrain:
+        """As `Kernel.drain_tun`."""
+        return TunDrain(ring, tun_fd, StatsPage(stats, writable=True))
+
+    def bell_wait(self, bell: Bell, limit_ms: int) -> bool:
+        """As `Kernel.bell_wait`."""
+        return bell.wait(limit_ms)
+
+    def bell_ring(self, bell: Bell) -> None:
+        """As `Kernel.bell_ring`."""
+        bell.ring()
+
+    def checksum(self, data: Buffer) -> int:
+        """As `Kernel.checksum`."""
+        return internet_checksum(data)
+
+
+def _attach(descriptor: int, layout: Layout, name: str = "") -> Mapping:
+    """Map with the rights that the descriptor gives; what needs more than that refuses it."""
+    access = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+    return Mapping(descriptor, layout, writable=access == os.O_RDWR, name=name)
+
+
+def _produce(ring: RingFds, name: str, *, poison: bool) -> Producer:
+    return Producer(_attach(ring.data, DATA, name), _attach(ring.state, STATE, name), poison=poison)
