@@ -575,9 +575,10 @@ def test_load_add_store_under_a_lock_loses_nothing_and_repeats_nothing_though_pr
     region: Region, locks: LockFile
 ) -> None:
     """A shared counter, advanced before its values are used: each value is used at most once."""
-    total, used = 100, 200  # word indexes; from `used` on, how often each value was taken
+    # Word indexes; `limit`: how far they may go by now; from `used` on, how often each value was taken.
+    total, limit, used = 100, 101, 200
     values = 800
-    words = Mapping(region.read_only, LAYOUT, writable=False).words
+    words = Mapping(region.descriptor, LAYOUT, writable=True).words
 
     def take_values() -> None:
         own = Mapping(region.descriptor, LAYOUT, writable=True).words
@@ -587,23 +588,27 @@ def test_load_add_store_under_a_lock_loses_nothing_and_repeats_nothing_though_pr
                 value = own[total]
                 if value == values:
                     return
+                if value >= own[limit]:
+                    continue
                 own[total] = value + 1
             own[used + value] += 1
 
     deaths = 0
     children = [Forked(take_values) for _ in range(3)]
     try:
-        for threshold in range(50, values, 50):
+        for threshold in range(50, values - 50, 50):
+            words[limit] = threshold + 40  # so nobody is done before it is killed
             assert eventually(lambda threshold=threshold: words[total] >= threshold)  # type: ignore[misc]
             victim = children.pop(0)
             deaths += victim.kill() == -signal.SIGKILL
             children.append(Forked(take_values))
+        words[limit] = values
         assert [child.wait() for child in children] == [0, 0, 0]
     finally:
         for child in children:
             child.kill()
 
-    assert deaths > 0
+    assert deaths == 14
     taken = words[used : used + values].tolist()
     assert max(taken) == 1
     assert taken.count(0) <= deaths
