@@ -59,12 +59,9 @@ from nebula_mp.shm_table import (
     WORKERS_MAX,
     row_count,
 )
+from nebula_mp.wire.header import COUNTER_LIMIT, STAGE_2_COUNTER
 
 SPAN_MAX: Final = 512
-COUNTER_LIMIT: Final = 2**64 - 1 - 2**40
-"""Nothing is sealed at or beyond this counter."""
-HANDSHAKE_COUNTER: Final = 2
-"""Both handshake messages count as sent; the first data counter is the next one."""
 
 _SEND_WORDS: Final = SEND_ROW.size // 8
 _COUNTER: Final = SEND_ROW.word("counter")
@@ -161,7 +158,7 @@ class SendCounters:
         # In this order: `reserve` loads counter and sealers first and the generation afterwards.
         self._words[word + _SEND_GENERATION] = generation
         self._words[word + _SEALERS] = 0
-        self._words[word + _COUNTER] = HANDSHAKE_COUNTER
+        self._words[word + _COUNTER] = STAGE_2_COUNTER
 
     def close(self, row: int) -> None:
         """Control only: nothing more is sealed for the tunnel of this row."""

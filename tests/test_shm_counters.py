@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from nebula_mp.errors import ReplayError, RingError
 from nebula_mp.shm import LockFile
 from nebula_mp.shm_counters import (
-    COUNTER_LIMIT,
     SPAN_MAX,
     ReceiveWindows,
     Refusal,
@@ -23,6 +22,7 @@ from nebula_mp.shm_counters import (
     TunnelTraffic,
 )
 from nebula_mp.shm_table import SEND, SPAN, TRAFFIC, WINDOWS, Tables
+from nebula_mp.wire.header import COUNTER_LIMIT
 from tests.support.forked import Child, children, shared_words, until
 from tests.support.tables import ROWS, control_counters, read_only, small, writable
 from tests.support.watched import Countdown, KilledError, Watched, nothing, watch

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import struct
 from collections.abc import Iterator
@@ -13,8 +14,6 @@ from nebula_mp.errors import RingError, SystemCallError
 from nebula_mp.newtypes import Cipher, UdpAddr
 from nebula_mp.shm import LockFile
 from nebula_mp.shm_counters import (
-    COUNTER_LIMIT,
-    HANDSHAKE_COUNTER,
     ReceiveWindows,
     SendCounters,
     Traffic,
@@ -36,6 +35,7 @@ from nebula_mp.shm_table import (
     Tables,
 )
 from nebula_mp.shm_tunnels import TunnelState
+from nebula_mp.wire.header import COUNTER_LIMIT, STAGE_2_COUNTER
 from nebula_mp.wire.ip import TCP, FlowKey
 from tests.support.tables import (
     RECEIVE_KEY,
@@ -286,10 +286,15 @@ def test_counters_windows_traffic_and_peers_lie_where_the_layout_says(tables: Ta
 
 
 def test_the_limits_of_counters_are_those_of_control() -> None:
-    # Control never imports shared memory, so the numbers stand in both.
-    assert COUNTER_LIMIT == hostmap.COUNTER_LIMIT
-    assert HANDSHAKE_COUNTER == hostmap._HANDSHAKE_COUNTER
+    tables = small()
+    control_counters(tables).open(3, 1)
+    [first] = [each.default for each in dataclasses.fields(hostmap.Tunnel) if each.name == "counter"]
+
+    assert COUNTER_LIMIT == 2**64 - 1 - 2**40
+    assert control_counters(tables).last(3, 1) == first == STAGE_2_COUNTER == 2
+    # Control never imports shared memory, so this number stands in both.
     assert shm_table.ROWS_MAX == hostmap.ROWS
+    tables.close()
 
 
 def test_tables_of_full_size_take_no_memory_before_they_are_used() -> None:

@@ -38,6 +38,7 @@ from nebula_mp.wire.header import (
     HANDSHAKE_IX,
     HEADER_BYTES,
     MESSAGE_IP,
+    STAGE_1_COUNTER,
     TEST_REPLY,
     TEST_REQUEST,
     Header,
@@ -46,7 +47,6 @@ from nebula_mp.wire.header import (
 from nebula_mp.wire.ip import FlowKey, parse_flow
 
 _PUNCH_BYTES_MAX = 1
-_STAGE1_COUNTER = 1
 _ROAM_BACK_GUARD = Seconds(2.0)
 """A tunnel that moved does not move back within this time: datagrams in flight would make it flap."""
 _ASK_AGAIN = Seconds(0.2)
@@ -164,7 +164,7 @@ class Controller:
 
     def _handle_handshake(self, header: Header, datagram: bytes, source: UdpAddr, now: Instant) -> None:
         assert header.subtype == HANDSHAKE_IX  # Header.parse knows no other
-        if header.counter == _STAGE1_COUNTER:
+        if header.counter == STAGE_1_COUNTER:
             self._handshakes.handle_stage1(header, datagram, source, now)
             return
         established = self._handshakes.handle_stage2(header, datagram, source, now)

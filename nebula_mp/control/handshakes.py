@@ -18,12 +18,10 @@ from nebula_mp.firewall.rules import PeerNetworks
 from nebula_mp.handshake.machine import Completed, Initiator, Responder
 from nebula_mp.handshake.pending import Attempt, GaveUp, Pending
 from nebula_mp.newtypes import CertVersion, Instant, IPAddress, Seconds, TunnelIndex, UdpAddr
-from nebula_mp.wire.header import HEADER_BYTES, Header, MessageType
+from nebula_mp.wire.header import HEADER_BYTES, STAGE_1_COUNTER, Header, MessageType
 
 PENDING = 4096
 """Handshakes of ours that may be open at once; packets for further hosts are dropped and counted."""
-
-_STAGE1_COUNTER = 1
 
 
 @dataclass(slots=True)
@@ -108,7 +106,7 @@ class Handshakes:
     def handle_stage1(self, header: Header, datagram: bytes, source: UdpAddr, now: Instant) -> None:
         """Answer somebody's first message; what comes of it is a candidate, see control.hostmap."""
         core = self._core
-        if header.remote_index != 0 or header.counter != _STAGE1_COUNTER:
+        if header.remote_index != 0 or header.counter != STAGE_1_COUNTER:
             core.outbox.drop("handshake_header", source, now)
             return
         known = core.hostmap.by_stage1(datagram[HEADER_BYTES:])

@@ -38,7 +38,7 @@ from nebula_mp.newtypes import (
     TunnelIndex,
     UdpAddr,
 )
-from nebula_mp.wire.header import Header, MessageType
+from nebula_mp.wire.header import COUNTER_LIMIT, STAGE_2_COUNTER, Header, MessageType
 
 TUNNELS_PER_ADDRESS = 5
 CANDIDATES_PER_HOST = 5
@@ -49,10 +49,6 @@ ROWS = 65_536
 
 REHANDSHAKE_COUNTER = 2**34
 """A primary tunnel that has sent this many messages is replaced."""
-COUNTER_LIMIT = 2**64 - 1 - 2**40
-"""Nothing is sealed at or beyond this counter."""
-_HANDSHAKE_COUNTER = Counter(2)
-"""Both handshake messages count as sent; the first data counter is the next one."""
 
 
 class IndexAllocator:
@@ -99,7 +95,7 @@ class Tunnel:
     traffic: Traffic
     proven: bool
     window: ReplayWindow = field(default_factory=ReplayWindow.after_handshake)
-    counter: Counter = _HANDSHAKE_COUNTER  # the last one used
+    counter: Counter = STAGE_2_COUNTER  # the last one used
     asked: UdpAddr | None = None  # where else the peer seems to be, and we asked for a reply
     asked_at: Seconds = Seconds(float("-inf"))
     roamed_from: UdpAddr | None = None

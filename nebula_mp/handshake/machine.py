@@ -17,13 +17,17 @@ from nebula_mp.cert.model import Certificate
 from nebula_mp.cert.pool import CaPool, VerifiedCertificate
 from nebula_mp.crypto.aead import Aead
 from nebula_mp.errors import AuthError, CertError, HandshakeError
-from nebula_mp.newtypes import CertVersion, Cipher, Counter, Entropy, TunnelIndex
+from nebula_mp.newtypes import CertVersion, Cipher, Entropy, TunnelIndex
 from nebula_mp.noise.ix import IxInitiator, IxResponder
-from nebula_mp.wire.header import HANDSHAKE_IX, HEADER_BYTES, Header, MessageType
+from nebula_mp.wire.header import (
+    HANDSHAKE_IX,
+    HEADER_BYTES,
+    STAGE_1_COUNTER,
+    STAGE_2_COUNTER,
+    Header,
+    MessageType,
+)
 from nebula_mp.wire.nebula_pb2 import NebulaHandshake, NebulaHandshakeDetails
-
-STAGE_1_COUNTER = Counter(1)
-STAGE_2_COUNTER = Counter(2)
 
 _NO_INDEX = TunnelIndex(0)
 

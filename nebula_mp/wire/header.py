@@ -21,6 +21,12 @@ MESSAGE_RELAY = 1
 TEST_REQUEST = 0
 TEST_REPLY = 1
 
+STAGE_1_COUNTER = Counter(1)
+STAGE_2_COUNTER = Counter(2)
+"""Both handshake messages count as sent in either direction: the first data counter is the next one."""
+COUNTER_LIMIT = 2**64 - 1 - 2**40
+"""Nothing is sealed at or beyond this counter."""
+
 
 class MessageType(IntEnum):
     """The low nibble of byte 0."""

@@ -9,11 +9,11 @@ import pytest
 from nebula_mp.crypto.aead import Aead
 from nebula_mp.datapath.api import Drop, Sealer, UpcallLimits, UpcallReason
 from nebula_mp.newtypes import Buffer, Cipher, Counter, Seconds, TunnelIndex
-from nebula_mp.shm_counters import COUNTER_LIMIT, SPAN_MAX, Refusal, SendCounters
+from nebula_mp.shm_counters import SPAN_MAX, Refusal, SendCounters
 from nebula_mp.shm_flows import REFUSED
 from nebula_mp.shm_table import ROWS_AT, SEND_ROW
 from nebula_mp.shm_tunnels import TunnelState
-from nebula_mp.wire.header import Header, MessageType
+from nebula_mp.wire.header import COUNTER_LIMIT, Header, MessageType
 from nebula_mp.wire.ip import parse_flow
 from tests.datapath.conftest import MakeSite
 from tests.datapath.sites import INDEX_FAR, INDEX_NEAR, KEY_OUT, Site, connect, drained, packet
