@@ -633,9 +633,16 @@ def test_the_facts_of_a_process_are_those_it_knows_of_itself() -> None:
 
 
 def test_the_environment_of_a_process_is_told_by_names_without_values() -> None:
-    with subprocess.Popen(["/bin/sleep", "60"], env={"TOKEN": "hush", "EMPTY": ""}) as sleeper:
-        facts = inspect_process(sleeper.pid)
-        sleeper.kill()
+    # `cat` echoes only when it runs: before that the kernel may still be building its environment.
+    pipe = subprocess.PIPE
+    with subprocess.Popen(["/bin/cat"], env={"TOKEN": "hush", "EMPTY": ""}, stdin=pipe, stdout=pipe) as cat:
+        assert cat.stdin is not None
+        assert cat.stdout is not None
+        cat.stdin.write(b"!")
+        cat.stdin.flush()
+        assert cat.stdout.read(1) == b"!"
+        facts = inspect_process(cat.pid)
+        cat.kill()
 
     assert facts.environment == ("TOKEN", "EMPTY")
 
