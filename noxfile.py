@@ -54,6 +54,28 @@ def e2e(session: nox.Session) -> None:
 
 
 @nox.session
+def e2e_modes(session: nox.Session) -> None:
+    """The same nine times: 1, 2, 4 workers x drain modes; NEBULA_MP_TEST_WORKERS and _DRAIN choose some."""
+    install(session)
+    session.run("tools/get-peers", PEERS, external=True)
+    for workers in os.environ.get("NEBULA_MP_TEST_WORKERS", "1 2 4").split():
+        for drain in os.environ.get("NEBULA_MP_TEST_DRAIN", "auto writer reader").split():
+            mode = {"NEBULA_MP_TEST_WORKERS": workers, "NEBULA_MP_TEST_DRAIN": drain}
+            session.log(f"{workers} workers, drained by {drain}")
+            session.run("pytest", "-m", "e2e", *session.posargs, env={"NEBULA_PEERS": PEERS, **mode})
+
+
+@nox.session
+def deaths_long(session: nox.Session) -> None:
+    """600 kills, one a second, in place of 30; NEBULA_MP_TEST_KILLS sets another number."""
+    install(session)
+    session.run("tools/get-peers", PEERS, external=True)
+    kills = os.environ.get("NEBULA_MP_TEST_KILLS", "600")
+    env = {"NEBULA_PEERS": PEERS, "NEBULA_MP_TEST_KILLS": kills}
+    session.run("pytest", "tests/e2e/test_deaths.py", "-s", *session.posargs, env=env)
+
+
+@nox.session
 def docs(session: nox.Session) -> None:
     """Links, commands and figures of the documentation; every configuration in configs/."""
     install(session)

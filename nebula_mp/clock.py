@@ -26,6 +26,11 @@ def wall_s() -> int:
     return time.time_ns() // 1_000_000_000
 
 
+def process_cpu_us() -> int:
+    """Microseconds of a core that this process has used."""
+    return time.process_time_ns() // 1000
+
+
 def now() -> Instant:
     """Both clocks, read one after the other."""
     return Instant(monotonic(), time.time_ns())

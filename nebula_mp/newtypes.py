@@ -12,6 +12,7 @@ from ipaddress import (
     IPv6Address,
     IPv6Interface,
     IPv6Network,
+    ip_address,
 )
 from typing import NamedTuple, NewType
 
@@ -48,6 +49,14 @@ class UdpAddr(NamedTuple):
     def __str__(self) -> str:
         """`192.0.2.1:4242` or `[2001:db8::1]:4242`."""
         return f"{self.ip}:{self.port}" if self.ip.version == 4 else f"[{self.ip}]:{self.port}"
+
+    @classmethod
+    def parse(cls, text: str) -> "UdpAddr":
+        """Read what `str` gave. Raises ValueError."""
+        host, colon, port = text.rpartition(":")
+        if not colon or (":" in host) != (host[:1] == "[" and host[-1:] == "]"):
+            raise ValueError(f"{text!r} is no address and port")
+        return cls(ip_address(host.strip("[]")), int(port))
 
 
 class Instant(NamedTuple):

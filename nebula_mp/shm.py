@@ -32,12 +32,14 @@ Rules:
 """
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import mmap
 import os
 import struct
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -57,6 +59,23 @@ _WORD = struct.Struct("<Q")
 _MFD_NOEXEC_SEAL = 8  # Linux 6.3; refused as unknown before, demanded by sysctl vm.memfd_noexec=2 since
 _ACCESS = {os.O_RDONLY: "read-only", os.O_WRONLY: "write-only", os.O_RDWR: "read-write"}
 _SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+_MLOCK_ONFAULT = 1  # lock a page when it is first used, so that locking costs no memory
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+_not_inherited: "weakref.WeakSet[mmap.mmap]" = weakref.WeakSet()
+_lost: list[mmap.mmap] = []
+
+
+def _keep_what_was_not_inherited() -> None:
+    """In a forked child: never let go of mappings that it does not have.
+
+    To forget one unmaps its addresses, where by then something else of the child's may lie.
+    """
+    _lost.extend(_not_inherited)
+
+
+os.register_at_fork(after_in_child=_keep_what_was_not_inherited)
 
 
 class Layout(NamedTuple):
@@ -221,6 +240,26 @@ class Mapping:
         self.size_bytes = size_bytes
         self.parameters: tuple[int, ...] = tuple(parameters)
 
+    def protect(self) -> bool:
+        """Keep memory with secrets out of core dumps and out of children that this process forks.
+
+        In such a child any use of a view of it is a fault: it has to attach for itself. The pages stay out of
+        swap too, where the limit of locked memory allows that (`LimitMEMLOCK`); gives whether it does. Raises
+        SystemCallError.
+        """
+        memory = self.data.obj
+        assert isinstance(memory, mmap.mmap)
+        _not_inherited.add(memory)
+        try:
+            memory.madvise(mmap.MADV_DONTDUMP)
+            memory.madvise(mmap.MADV_DONTFORK)
+        except OSError as error:
+            raise _refused(self.name, self.size_bytes, error) from None
+        if not hasattr(_libc, "mlock2"):
+            return False
+        address, size_bytes = ctypes.c_void_p(_address(self.data)), ctypes.c_size_t(self.size_bytes)
+        return bool(_libc.mlock2(address, size_bytes, ctypes.c_uint(_MLOCK_ONFAULT)) == 0)
+
     def contradiction(self, field: str, value: object, expected: str) -> RingError:
         """Make the error that says which memory contradicts us, and how."""
         return RingError(f"shared memory {self.name!r}", field, value, expected)
@@ -307,6 +346,34 @@ class RecordLock:
             yield
         finally:
             self.drop()
+
+
+class _PyBuffer(ctypes.Structure):
+    """`Py_buffer` of the C API, the only way to learn where read-only memory lies."""
+
+    _fields_ = (
+        ("buf", ctypes.c_void_p),
+        ("obj", ctypes.py_object),
+        ("len", ctypes.c_ssize_t),
+        ("itemsize", ctypes.c_ssize_t),
+        ("readonly", ctypes.c_int),
+        ("ndim", ctypes.c_int),
+        ("format", ctypes.c_char_p),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("suboffsets", ctypes.c_void_p),
+        ("internal", ctypes.c_void_p),
+    )
+
+
+def _address(view: memoryview) -> int:
+    """Where the memory behind a view begins."""
+    buffer = _PyBuffer()
+    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(view), ctypes.byref(buffer), 0)
+    try:
+        return int(buffer.buf)
+    finally:
+        ctypes.pythonapi.PyBuffer_Release(ctypes.byref(buffer))
 
 
 def _memfd(name: str) -> int:

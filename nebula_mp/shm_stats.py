@@ -54,6 +54,8 @@ DROPS = (
 NAMES = (
     # One per pass of the loop: stands still while a process is stuck.
     "mp.passes",
+    # Microseconds of a core, stored about every 20 ms and before each sleep.
+    "mp.cpu.us",
     # What came in and went out; superpackets count as the packets they hold.
     "mp.tun.rx.packets",
     "mp.tun.rx.bytes",
@@ -70,10 +72,12 @@ NAMES = (
     "mp.ring.full.stranger",
     "mp.ring.resumed",
     "mp.lease.refused",
+    "mp.drain.switches",
     "mp.upcalls",
     "mp.upcalls.limited",
     "mp.strangers",
     "mp.counter.span",
+    "mp.counter.busy",
     # What system calls refused.
     "mp.tun.again",
     "mp.tun.split",

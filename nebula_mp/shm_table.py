@@ -20,6 +20,7 @@ Which process maps which region (w: also writes; the supervisor makes them all a
 | windows    | -       | w: tunnels it owns    | -        | replay window of each tunnel                   |
 | spans[i]   | reads   | w: its own; reads all | -        | what worker i sealed that is not yet sent      |
 | traffic[i] | reads   | w: its own            | -        | packets and bytes of each tunnel by sealer     |
+| journal    | w       | -                     | -        | what control's successor must know of a tunnel |
 
 The keys have a region of their own so that a writer, which takes the underlay address of a batch from the
 tunnel's row when it sends, can map the rows and still hold no key. `traffic` has one more region than there
@@ -64,6 +65,7 @@ SEND: Final = Layout("send counters", b"nmp:send", 1)
 WINDOWS: Final = Layout("replay windows", b"nmp:wind", 1)
 SPAN: Final = Layout("span", b"nmp:span", 1)
 TRAFFIC: Final = Layout("traffic", b"nmp:traf", 1)
+JOURNAL: Final = Layout("journal", b"nmp:jrnl", 1)
 
 
 class Field(NamedTuple):
@@ -160,6 +162,19 @@ TRAFFIC_ROW: Final = _row(
     ("last_out_ms", 8),
     ("spare", 8),
 )
+# Ten pages: room for two certificates and both messages of any handshake that datagrams can carry. A usual
+# record has less than 1 KB, and only the first page is ever touched. See workers.journal.
+JOURNAL_ROW: Final = _row(
+    10 * PAGE_BYTES,
+    ("generation", 8),  # of the tunnel whose record this is; 0 for none; stored last
+    ("length", 8),  # of the record
+    ("checksum", 8),
+    ("moves", 8),  # how often the underlay address changed; its lowest bit says which one counts
+    ("remote_0", 24),
+    ("remote_1", 24),
+    ("spare", 16),
+    ("record", 10 * PAGE_BYTES - 96),
+)
 BUCKET: Final = _row(512, ("lock", 8), ("tags", 28), ("spare", 28), ("rows", BUCKET_ROWS * 64))
 FLOW_ROW: Final = _row(
     64,
@@ -199,6 +214,7 @@ class Tables:
     windows: Region
     spans: tuple[Region, ...]  # one for each worker
     traffic: tuple[Region, ...]  # one for each worker, and control's
+    journal: Region
     locks: LockFile  # lock n guards row n of `send` and of all spans
 
     @classmethod
@@ -230,6 +246,7 @@ class Tables:
                 traffic=tuple(
                     region(TRAFFIC, TRAFFIC_ROW.size, rows, str(each)) for each in range(workers + 1)
                 ),
+                journal=region(JOURNAL, JOURNAL_ROW.size, rows),
                 locks=LockFile.create(),
             )
         except BaseException:
@@ -253,6 +270,7 @@ class Tables:
         yield from (self.tunnels, self.keys, self.peers, self.flows, self.seen, self.send, self.windows)
         yield from self.spans
         yield from self.traffic
+        yield self.journal
 
     def close(self) -> None:
         """Close all descriptors."""

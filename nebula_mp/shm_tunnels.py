@@ -164,6 +164,17 @@ class TunnelTable:
         values = _unpack(self._tunnels, bytes(self._data[at : at + TUNNEL_ROW.size]))
         return None if values is None or values[0] != index else TunnelFields(*values)
 
+    def generation(self, index: TunnelIndex) -> int:
+        """That of the row of a tunnel that is there."""
+        _, _, word = self._find(index)
+        return self._words[word + _GENERATION]
+
+    def keys(self, index: TunnelIndex) -> tuple[memoryview, memoryview]:
+        """Send and receive key of a tunnel that is there: the memory itself, borrowed until it is closed."""
+        row, _, _ = self._find(index)
+        keys = ROWS_AT + row * KEY_ROW.size
+        return self._keys[keys : keys + _KEY_BYTES], self._keys[keys + _KEY_BYTES : keys + KEY_ROW.size]
+
     def __iter__(self) -> Iterator[TunnelIndex]:
         """The tunnels that are there."""
         for row in range(self._rows):

@@ -5,6 +5,7 @@ import fcntl
 import gc
 import mmap
 import os
+import resource
 import signal
 import struct
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from nebula_mp import shm
 from nebula_mp.errors import RingError, SystemCallError
 from nebula_mp.shm import (
     GENERATION,
@@ -27,7 +29,7 @@ from nebula_mp.shm import (
     load_word,
     require_ordered_stores,
 )
-from tests.support.processes import Forked, Keep, eventually, forked
+from tests.support.processes import Forked, Keep, eventually, forked, vm_flags
 
 LAYOUT = Layout("test", b"nmp:test", 3)
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -327,6 +329,90 @@ def test_another_user_cannot_open_a_read_only_descriptor_again_for_writing(regio
 def open_descriptors() -> set[str]:
     gc.collect()  # what earlier tests left in cycles may hold descriptors, and close them at any moment
     return {entry.name for entry in Path("/proc/self/fd").iterdir()}
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_protected_memory_is_neither_dumped_nor_inherited(region: Region, writable: bool) -> None:
+    descriptor = region.descriptor if writable else region.read_only
+    mapping = Mapping(descriptor, LAYOUT, writable=writable)
+    [before] = vm_flags("test a/0")
+
+    mapping.protect()
+
+    [flags] = vm_flags("test a/0")
+    assert not {"dd", "dc", "lo"} & before
+    assert {"dd", "dc"} <= flags
+    with forked(lambda: check(vm_flags("test a/0") == [])) as child:
+        assert child.wait() == 0
+    assert mapping.words[GENERATION] == 1
+
+
+def check(condition: bool) -> None:
+    assert condition
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_protected_memory_is_locked_page_by_page_as_far_as_the_limit_allows(
+    keep: Keep, allowed: bool
+) -> None:
+    large = keep(Region.create(LAYOUT, 8 * PAGE_BYTES, name="large", reserve=False))
+
+    def protect() -> None:
+        _, most = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (8 * PAGE_BYTES if allowed else 0, most))
+        if os.geteuid() == 0:  # root has no limit
+            os.setgroups([])
+            os.setresuid(NOBODY_ID, NOBODY_ID, NOBODY_ID)
+        mapping = Mapping(large.descriptor, LAYOUT, writable=True)
+        assert mapping.protect() is allowed
+        mapping.words[100] = 1
+        assert mapping.words[100] == 1
+
+    with forked(protect) as child:
+        assert child.wait() == 0
+    # Nothing was taken for pages that nobody uses.
+    assert os.fstat(large.descriptor).st_blocks * 512 == PAGE_BYTES
+
+
+def test_a_kernel_that_cannot_protect_memory_is_refused(
+    region: Region, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mapping = Mapping(region.descriptor, LAYOUT, writable=True)
+    monkeypatch.setattr(mmap, "MADV_DONTDUMP", 12_345)
+
+    with pytest.raises(SystemCallError, match=r"shared memory 'test' .*refused \(EINVAL\)"):
+        mapping.protect()
+
+
+def test_a_c_library_that_cannot_lock_page_by_page_leaves_memory_unlocked(
+    region: Region, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mapping = Mapping(region.descriptor, LAYOUT, writable=True)
+    monkeypatch.setattr(shm, "_libc", object())
+
+    assert not mapping.protect()
+
+    assert "lo" not in vm_flags("test a/0")[0]
+
+
+def test_a_child_that_forgets_protected_memory_it_never_had_loses_nothing_of_its_own(region: Region) -> None:
+    mapping = [Mapping(region.descriptor, LAYOUT, writable=True)]
+    mapping[0].protect()
+    address, size = shm._address(mapping[0].data), mapping[0].size_bytes
+    take = LIBC.mmap
+    take.restype = ctypes.c_void_p
+    take.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+
+    def forget() -> None:
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        assert take(address, size, mmap.PROT_READ | mmap.PROT_WRITE, private, -1, 0) == address
+        ctypes.memset(address, 7, size)
+        mapping.clear()
+        gc.collect()
+        assert ctypes.string_at(address, size) == bytes([7]) * size
+
+    with forked(forget) as child:
+        assert child.wait() == 0
 
 
 def test_a_mapping_outlives_its_descriptor_and_gives_its_own_back_when_it_is_forgotten(keep: Keep) -> None:

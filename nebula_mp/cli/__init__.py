@@ -22,6 +22,7 @@ COMMANDS = {
     "stop": "stop a running gateway",
     "reload": "make a running gateway read its configuration, certificate and keys again",
     "status": "show a running gateway and its tunnels",
+    "workers": "show the processes of a running gateway: where they run and what they carry",
     "config": "check configuration files",
     "cert": "make CAs, keys and certificates, print and verify them; same flags as nebula-cert",
     "demo": "two nodes in network namespaces: handshake, ping and throughput, then cleaned up",

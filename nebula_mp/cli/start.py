@@ -1,23 +1,39 @@
 """`nebula-mp start`: run a gateway in the foreground.
 
-Data flow: argv -> [cli.start] -> config.load -> workers.control -> exit code
+Data flow: argv -> [cli.start] -> workers.checked: config.load, in a child -> supervisor -> exit code
 Errors before the gateway is up go to stderr, as text; from then on there is the log on stdout.
+This process becomes the supervisor, so it never reads the configuration itself: a private key may stand in
+it. While the child does, what a gateway consists of is imported, module by module, until there is a refusal.
 """
 
 import argparse
+import importlib
 import os
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 from nebula_mp import cli, clock
 from nebula_mp.config.load import LoadedConfig, load_config
+from nebula_mp.config.model import WORKERS_MAX, DrainMode, MpConfig
+from nebula_mp.workers.checked import Check, Checked
 from nebula_mp.workers.pki import load_pki
 
 _USAGE = 2
+_AUTO = "auto"
+_PARTS = (
+    "nebula_mp.workers.loop",
+    "nebula_mp.netlink",
+    "nebula_mp.datapath.python",
+    "nebula_mp.control.controller",
+    "nebula_mp.supervisor",
+    *(f"nebula_mp.workers.{role}" for role in ("reader", "writer", "services", "control")),
+)
+"""The modules that take longest to import, about 50 ms each, and last those that import the rest."""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -30,7 +46,24 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--run-dir", metavar="DIR", help="where the control socket is made; beats mp.run_dir of the file"
     )
+    parser.add_argument(
+        "--workers", metavar=f"N|{_AUTO}", type=_workers, default=argparse.SUPPRESS,
+        help=f"pairs of reader and writer processes, 1 to {WORKERS_MAX}; beats mp.workers of the file."
+        f" {_AUTO}: `routines` of the file if that is set, else one for every two CPUs",
+    )  # fmt: skip
+    parser.add_argument(
+        "--drain", choices=[mode.value for mode in DrainMode], default=argparse.SUPPRESS,
+        help="who makes the system calls for sealed and opened packets; beats mp.drain of the file",
+    )  # fmt: skip
     parser.set_defaults(run=run)
+
+
+def _workers(text: str) -> int | None:
+    if text == _AUTO:
+        return None
+    if not text.isdecimal() or not 1 <= int(text) <= WORKERS_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither {_AUTO} nor a number from 1 to {WORKERS_MAX}")
+    return int(text)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -38,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     if "config" not in arguments:
         print("nebula-mp start: -c FILE is required: the configuration to start with", file=sys.stderr)
         return _USAGE
-    load = _loader(arguments.config, getattr(arguments, "run_dir", None))
+    load = _loader(arguments.config, partial(_with_options, arguments))
     if getattr(arguments, "test", False):
         return _check(arguments.config, load())
     _ensure_standard_descriptors()
@@ -51,26 +84,50 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _serve(load: Callable[[], LoadedConfig]) -> int:
     with _EarlySignals():
-        loaded = load()
-        # Late, so that a wrong configuration is refused before the devices' libraries are loaded.
-        from nebula_mp.workers import control, logs  # noqa: PLC0415
+        checked = _prepare(load)
+        # Imported by `_prepare` already; up here it would be loaded for every help text.
+        from nebula_mp import supervisor  # noqa: PLC0415
+        from nebula_mp.workers import logs  # noqa: PLC0415
 
-        log = logs.Logs(loaded.config.logging)
+        log = logs.Logs(checked.config.logging)
         try:
-            return control.serve(loaded, load, log)
+            return supervisor.serve(checked, load, log)
         finally:
             log.close()
 
 
-def _loader(path: Path, run_dir: str | None) -> Callable[[], LoadedConfig]:
+def _prepare(load: Callable[[], LoadedConfig]) -> Checked:
+    """Import what a gateway consists of while the configuration is checked. Raises what is wrong there."""
+    check = Check.begin(load)
+    try:
+        for name in _PARTS:
+            if check.refused():
+                break
+            importlib.import_module(name)
+        return check.finish()
+    finally:
+        check.close()
+
+
+def _loader(path: Path, adjust: Callable[[MpConfig], MpConfig]) -> Callable[[], LoadedConfig]:
+    """Give what reads the configuration, now and at each reload, as the command line would have it."""
+
     def load() -> LoadedConfig:
         loaded = load_config(path)
-        if run_dir is None:
-            return loaded
-        mp = replace(loaded.config.mp, run_dir=run_dir)
-        return replace(loaded, config=replace(loaded.config, mp=mp))
+        return replace(loaded, config=replace(loaded.config, mp=adjust(loaded.config.mp)))
 
     return load
+
+
+def _with_options(arguments: argparse.Namespace, mp: MpConfig) -> MpConfig:
+    """Give `mp` with what the command line says instead. Nebula's own flags come without ours."""
+    if getattr(arguments, "run_dir", None) is not None:
+        mp = replace(mp, run_dir=arguments.run_dir)
+    if "workers" in arguments:
+        mp = replace(mp, workers=arguments.workers)
+    if "drain" in arguments:
+        mp = replace(mp, drain=DrainMode(arguments.drain))
+    return mp
 
 
 def _check(path: Path, loaded: LoadedConfig) -> int:

@@ -46,6 +46,7 @@ def render(state: Mapping[str, Any]) -> str:
             " ".join(state["networks"]),
             f"cert {certificate['name']} {_expiry(certificate['expires_in_s'])}",
             f"kernel {state['kernel']}",
+            *_workers(state.get("workers")),
         )
     )
     tunnels = [host for host in state["hosts"] if host["primary"]]
@@ -61,11 +62,17 @@ def render(state: Mapping[str, Any]) -> str:
     ]
     if not rows:
         return _printable(f"{head}\nno tunnels: the first packet for a host makes one")
-    table = _table([("HOST", "ADDRESS", "PATH", "SENT", "RECEIVED"), *rows])
-    return "\n".join(map(_printable, (head, *table)))
+    lines = table([("HOST", "ADDRESS", "PATH", "SENT", "RECEIVED"), *rows])
+    return "\n".join(map(_printable, (head, *lines)))
 
 
-def _table(rows: Sequence[Sequence[str]]) -> Iterable[str]:
+def _workers(count: Mapping[str, int] | None) -> Iterable[str]:
+    """Say how many run of how many; nothing if the supervisor was too busy to say."""
+    return [f"workers {count['running']}/{count['configured']}"] if count else []
+
+
+def table(rows: Sequence[Sequence[str]]) -> Iterable[str]:
+    """Give lines whose columns are as wide as they need to be; the first row is the heading."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -47,7 +47,6 @@ LATER: Mapping[str, tuple[str, ...]] = {
     "relay.am_relay": ("false",),
     "relay.relays": (),
     "relay.use_relays": _SWITCH,
-    "routines": ("0", "1"),
     "sshd.authorized_users": (),
     "sshd.enabled": ("false",),
     "sshd.host_key": (),

@@ -7,18 +7,19 @@ and nothing of the files that the configuration names (workers.pki reads those).
 Source: slackhq/nebula examples/config.yml and the code that reads each key.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from nebula_mp.config import readers, yaml_source
-from nebula_mp.config.keys import IGNORED, LATER, SWITCHES, makes_no_difference, nearest_key
-from nebula_mp.config.model import Config, LogLevel, RecvErrorPolicy
+from nebula_mp.config.keys import IGNORED, LATER, SWITCHES, makes_no_difference, nearest, nearest_key
+from nebula_mp.config.model import WORKERS_MAX, Config, DrainMode, LogLevel, RecvErrorPolicy
 from nebula_mp.config.readers import Field, Reader, Unusable
 from nebula_mp.config.report import Place, Report, path_shown
 from nebula_mp.config.rules import firewall_rules
-from nebula_mp.config.values import parse_bool
+from nebula_mp.config.values import parse_bool, parse_int
 from nebula_mp.config.yaml_source import Entry, describe, is_unset, key_shown
 from nebula_mp.newtypes import Cipher
 
@@ -53,6 +54,41 @@ def _initiating_version(field: Field) -> int:
     return readers.integer(1, 2)(field)
 
 
+def _routines(field: Field) -> int | None:
+    """Read what Nebula calls its number of threads. Files with more than we can use must still start."""
+    count = readers.integer(0, _I32_MAX)(field)
+    if count > WORKERS_MAX:
+        text = f"found {count}, but there are {WORKERS_MAX} workers at most"
+        field.report.warning(field.node.place, field.key, text)
+        return WORKERS_MAX
+    return count or None
+
+
+def _workers(field: Field) -> int | None:
+    """Read a number of workers; None for `auto`."""
+    expected = f"auto or a whole number 1..{WORKERS_MAX}"
+    text = field.text(expected)
+    if text == "auto":
+        return None
+    try:
+        count = parse_int(text)
+    except ValueError:
+        raise field.wrong(expected, nearest(text, ("auto",))) from None
+    if not 1 <= count <= WORKERS_MAX:
+        raise field.wrong(expected)
+    return count
+
+
+def _user(field: Field) -> str:
+    """Read the name of a user; whether there is one of that name is seen at the start."""
+    expected = "the name of a user"
+    text = field.text(expected)
+    if not _USER.fullmatch(text):
+        raise field.wrong(expected)
+    return text
+
+
+_USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}\$?")  # useradd(8), and what directories add to it
 _OLD_LEVELS = {"warning": LogLevel.WARN, "fatal": LogLevel.ERROR, "panic": LogLevel.ERROR}
 
 _REQUIRED = {
@@ -100,7 +136,11 @@ READERS: Mapping[str, Reader] = {
     ),
     "logging.format": readers.choice({word: word for word in ("text", "json")}, any_case=True),
     "logging.disable_timestamp": readers.boolean,
+    "routines": _routines,
     "mp.run_dir": readers.absolute_path,
+    "mp.workers": _workers,
+    "mp.drain": readers.choice({mode.value: mode for mode in DrainMode}),
+    "mp.user": _user,
 }
 """The keys we obey. A test compares them with the fields of Config."""
 

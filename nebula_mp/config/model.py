@@ -148,11 +148,26 @@ class LoggingConfig:
     disable_timestamp: bool = False
 
 
+WORKERS_MAX = 64
+"""Reader and writer pairs of one gateway."""
+
+
+class DrainMode(StrEnum):
+    """`mp.drain`: who makes the system calls on what waits in a worker's rings."""
+
+    AUTO = "auto"  # the reader, unless a trial shows that the writer moves more
+    WRITER = "writer"  # a pipeline over two cores
+    READER = "reader"  # the writer only steps in
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MpConfig:
     """`mp`: our own settings; the original ignores the whole section."""
 
     run_dir: str = "/run/nebula-mp"
+    workers: int | None = None  # None: `auto`
+    drain: DrainMode = DrainMode.AUTO
+    user: str | None = None  # whom the children run as when we are root; None: nebula-mp, else nobody
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,4 +187,5 @@ class Config:
     tunnels: TunnelsConfig = field(default_factory=TunnelsConfig)
     timers: TimersConfig = field(default_factory=TimersConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    routines: int | None = None  # what `mp.workers: auto` means, 1 to WORKERS_MAX; None: by the CPUs
     mp: MpConfig = field(default_factory=MpConfig)

@@ -20,9 +20,10 @@ class SendDatagram:
 
 @dataclass(frozen=True, slots=True)
 class WriteTun:
-    """Hand an IP packet to the local stack."""
+    """Hand an IP packet to the local stack through one queue of the device, from 0."""
 
     packet: bytes
+    queue: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,25 +7,24 @@ Source: docs/wire-format.md; Nebula for the order of checks and the connection m
 """
 
 from collections import Counter as Tally
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_address
 
 from nebula_mp.cert.identity import Identity
-from nebula_mp.cert.pool import BlocklistedError, CaPool
+from nebula_mp.cert.pool import CaPool
 from nebula_mp.config.model import Config, LogLevel, RecvErrorPolicy
-from nebula_mp.control import liveness
 from nebula_mp.control.actions import Action
 from nebula_mp.control.core import HINT_INTERVAL, Core, TimerKind
 from nebula_mp.control.handshakes import Established, Handshakes
-from nebula_mp.control.hostmap import REHANDSHAKE_COUNTER, HostMap, Tunnel
-from nebula_mp.control.liveness import Decision
+from nebula_mp.control.hostmap import HostMap, Tunnel
+from nebula_mp.control.liveness import Traffic
+from nebula_mp.control.plane import DataPlane, Opened, Saved
 from nebula_mp.control.remotes import Remotes
-from nebula_mp.crypto.aead import TAG_BYTES
-from nebula_mp.errors import AuthError, CertError, ReplayError, TruncatedError, WireError
+from nebula_mp.control.upkeep import Upkeep, order, who
+from nebula_mp.errors import TruncatedError, WireError
 from nebula_mp.firewall.rules import Direction, Firewall, PeerNetworks, Verdict
 from nebula_mp.newtypes import (
-    CertVersion,
     Counter,
     Entropy,
     Instant,
@@ -36,7 +35,6 @@ from nebula_mp.newtypes import (
 )
 from nebula_mp.wire.header import (
     HANDSHAKE_IX,
-    HEADER_BYTES,
     MESSAGE_IP,
     STAGE_1_COUNTER,
     TEST_REPLY,
@@ -75,7 +73,7 @@ class HostStatus:
     primary: bool
     initiator: bool
     sent: int  # messages sealed, handshake included
-    received: int  # highest counter received
+    received: int  # authentic messages opened
 
 
 class Controller:
@@ -86,18 +84,28 @@ class Controller:
     """
 
     def __init__(
-        self, config: Config, identity: Identity, pool: CaPool, entropy: Entropy, now: Instant
+        self,
+        config: Config,
+        identity: Identity,
+        pool: CaPool,
+        entropy: Entropy,
+        *,
+        plane: DataPlane,
+        now: Instant,
     ) -> None:
+        """`plane` is told of all tunnels and allowed flows; `restore` takes over what it knows already."""
         self._core = Core(
             config=config,
             identity=identity,
             pool=pool,
             entropy=entropy,
-            firewall=Firewall(config.firewall, identity.newest),
-            hostmap=HostMap(entropy),
+            firewall=Firewall(config.firewall, identity.newest, last_seen=plane.last_seen),
+            plane=plane,
+            hostmap=HostMap(entropy, plane),
             remotes=Remotes(identity.networks),
         )
         self._handshakes = Handshakes(self._core)
+        self._upkeep = Upkeep(self._core, self._handshakes)
         self._recv_error_window = now.mono  # start of the second that is being counted
         self._recv_errors_sent = 0
 
@@ -112,9 +120,9 @@ class Controller:
 
     def hosts(self) -> list[HostStatus]:
         """List the proven tunnels, sorted by the peer's first address, primary first."""
-        hostmap = self._core.hostmap
+        hostmap, plane = self._core.hostmap, self._core.plane
         tunnels = [tunnel for tunnel in hostmap if tunnel.proven]
-        tunnels.sort(key=lambda tunnel: (_order(tunnel.addresses[0]), not hostmap.is_primary(tunnel)))
+        tunnels.sort(key=lambda tunnel: (order(tunnel.addresses[0]), not hostmap.is_primary(tunnel)))
         return [
             HostStatus(
                 name=tunnel.certificate.name,
@@ -126,8 +134,8 @@ class Controller:
                 remote_index=tunnel.remote_index,
                 primary=hostmap.is_primary(tunnel),
                 initiator=tunnel.session.is_initiator,
-                sent=tunnel.counter,
-                received=tunnel.window.current,
+                sent=plane.last_counter(tunnel),
+                received=plane.passed(tunnel).received,
             )
             for tunnel in tunnels
         ]
@@ -135,7 +143,7 @@ class Controller:
     # ---- underlay ----
 
     def handle_datagram(self, datagram: bytes, source: UdpAddr, now: Instant) -> list[Action]:
-        """Take what arrived on the underlay socket, borrowed for the call."""
+        """Take a datagram that the data path does not open: a handshake, a hint, one of an unknown tunnel."""
         self._handle_datagram(datagram, source, now)
         return self._core.outbox.drain()
 
@@ -160,7 +168,7 @@ class Controller:
         elif header.type is MessageType.RECV_ERROR:
             self._handle_recv_error(header, source, now)
         else:
-            self._handle_sealed(header, datagram, source, now)
+            self._handle_sealed(header, source, now)
 
     def _handle_handshake(self, header: Header, datagram: bytes, source: UdpAddr, now: Instant) -> None:
         assert header.subtype == HANDSHAKE_IX  # Header.parse knows no other
@@ -171,62 +179,60 @@ class Controller:
         if established is not None:
             self._flush(established, now)
 
-    def _handle_sealed(self, header: Header, datagram: bytes, source: UdpAddr, now: Instant) -> None:
+    def _handle_sealed(self, header: Header, source: UdpAddr, now: Instant) -> None:
         core = self._core
         if header.type is MessageType.MESSAGE and header.subtype != MESSAGE_IP:
             # Relay frames have indexes of their own, and we have given out none.
             core.outbox.drop("relay_index", source, now)
             self._send_recv_error(header, source, now)
             return
-        tunnel = core.hostmap.by_index(header.remote_index)
-        if tunnel is None and self._handshakes.is_waiting(header.remote_index):
-            core.outbox.drop("early", source, now)  # it overtook the stage 2 that makes it readable
+        index = header.remote_index
+        if core.hostmap.by_index(index) is not None or self._handshakes.is_waiting(index):
+            # It came before its tunnel was known; from then on the data path opens them, not we.
+            core.outbox.drop("early", source, now)
             return
-        if tunnel is None:
-            core.outbox.drop("unknown_index", source, now)
-            self._send_recv_error(header, source, now)
-            return
-        if len(datagram) < HEADER_BYTES + TAG_BYTES:
-            core.outbox.drop("truncated", source, now)
-            return
-        try:
-            tunnel.window.check(header.counter)
-            plaintext = tunnel.session.receive.open(
-                header.counter, datagram[:HEADER_BYTES], datagram[HEADER_BYTES:]
-            )
-            tunnel.window.update(header.counter)
-        except ReplayError:
-            core.outbox.drop("replay", source, now)
-            return
-        except AuthError:
-            core.outbox.drop("auth", source, now)
-            return
+        core.outbox.drop("unknown_index", source, now)
+        self._send_recv_error(header, source, now)
+
+    def handle_opened(self, local_index: TunnelIndex, message: Opened, now: Instant) -> list[Action]:
+        """Take the content of a message that the data path found authentic and fresh."""
+        tunnel = self._core.hostmap.by_index(local_index)
+        if tunnel is None:  # it was closed while the message was on its way to us
+            self._core.outbox.drop("unknown_index", message.source, now)
+        else:
+            self._accept(tunnel, message, now)
+        return self._core.outbox.drain()
+
+    def handle_moved(self, local_index: TunnelIndex, source: UdpAddr, now: Instant) -> list[Action]:
+        """Learn that an authentic packet, already delivered, came from another address than the tunnel's."""
+        tunnel = self._core.hostmap.by_index(local_index)
+        if tunnel is not None and tunnel.proven and source != tunnel.remote:
+            self._follow(tunnel, source, now, is_reply=False)
+        return self._core.outbox.drain()
+
+    def _accept(self, tunnel: Tunnel, message: Opened, now: Instant) -> None:
+        """React to an authentic message: to where it came from, then to what it says."""
+        core = self._core
+        kind, subtype, plaintext, source = message
         if not tunnel.proven:
             self._flush(self._handshakes.prove(tunnel, source, now), now)
         elif source != tunnel.remote:
-            self._follow(header, tunnel, source, now)
-        tunnel.traffic.saw_in = True
-        tunnel.traffic.last_in = now.mono
-        self._dispatch(header, tunnel, plaintext, source, now)
-
-    def _dispatch(
-        self, header: Header, tunnel: Tunnel, plaintext: bytes, source: UdpAddr, now: Instant
-    ) -> None:
-        core = self._core
-        match header.type:
+            is_reply = kind is MessageType.TEST and subtype == TEST_REPLY
+            self._follow(tunnel, source, now, is_reply=is_reply)
+        match kind:
             case MessageType.MESSAGE:
                 self._handle_inner(tunnel, plaintext, source, now)
-            case MessageType.TEST if header.subtype == TEST_REQUEST:
+            case MessageType.TEST if subtype == TEST_REQUEST:
                 # To where it came from: whoever asks wants to know whether that address works.
                 core.send(tunnel, MessageType.TEST, TEST_REPLY, plaintext, source)
             case MessageType.TEST:
                 pass  # its value was to arrive
             case MessageType.CLOSE_TUNNEL:
-                core.outbox.log(LogLevel.INFO, "Close tunnel received, tearing down.", **_who(tunnel))
+                core.outbox.log(LogLevel.INFO, "Close tunnel received, tearing down.", **who(tunnel))
                 core.forget(tunnel)
             case _:
                 # Lighthouse and control messages are for roles that this host does not have.
-                core.outbox.stats[f"messages.rx.ignored.{header.type.name.lower()}"] += 1
+                core.outbox.stats[f"messages.rx.ignored.{kind.name.lower()}"] += 1
 
     def _handle_inner(self, tunnel: Tunnel, packet: bytes, source: UdpAddr, now: Instant) -> None:
         core = self._core
@@ -237,11 +243,13 @@ class Controller:
             return
         verdict = core.firewall.check(Direction.INBOUND, flow, tunnel.networks, now.mono)
         if verdict is Verdict.ALLOW:
-            core.outbox.tun(packet)
+            core.outbox.tun(packet, core.plane.queue_for(tunnel))
+            core.plane.allow(flow, tunnel, core.firewall.conntrack.timeout(flow), now.mono)
         else:
             core.outbox.drop(f"firewall.incoming.{verdict.value}", source, now)
+            core.plane.refuse(flow, tunnel, Direction.INBOUND, now.mono)
 
-    def _follow(self, header: Header, tunnel: Tunnel, source: UdpAddr, now: Instant) -> None:
+    def _follow(self, tunnel: Tunnel, source: UdpAddr, now: Instant, *, is_reply: bool) -> None:
         """React to an authentic datagram from another address than the tunnel's.
 
         Somebody on the path can send a copy of it from anywhere, before the original arrives. So the
@@ -250,7 +258,6 @@ class Controller:
         if source == tunnel.roamed_from and now.mono - tunnel.roamed_at < _ROAM_BACK_GUARD:
             self._core.outbox.stats["roam.suppressed"] += 1
             return
-        is_reply = header.type is MessageType.TEST and header.subtype == TEST_REPLY
         if is_reply and source == tunnel.asked:
             self._roam(tunnel, source, now)
         elif source != tunnel.asked or now.mono - tunnel.asked_at >= _ASK_AGAIN:
@@ -262,7 +269,7 @@ class Controller:
         self._core.outbox.log(
             LogLevel.INFO,
             "Host roamed to new udp ip/port.",
-            **_who(tunnel),
+            **who(tunnel),
             newAddr=source,
         )
         left = tunnel.remote
@@ -272,6 +279,7 @@ class Controller:
                 each.roamed_from, each.roamed_at = left, now.mono
                 each.remote = source
                 each.asked = None
+                self._core.plane.changed(each)
 
     # ---- hints that nobody authenticates ----
 
@@ -330,30 +338,31 @@ class Controller:
         except WireError as error:
             core.outbox.drop("tun.inner_ip", None, now, error)
             return
+        reason = None
         if core.config.tun.drop_local_broadcast and flow.remote in core.broadcasts:
-            core.outbox.drop("tun.broadcast", None, now)
-            return
-        if core.config.tun.drop_multicast and _is_multicast(flow.remote):
-            core.outbox.drop("tun.multicast", None, now)
-            return
-        tunnel = core.hostmap.primary_packed(flow.remote)
-        if tunnel is not None:
+            reason = "tun.broadcast"
+        elif core.config.tun.drop_multicast and _is_multicast(flow.remote):
+            reason = "tun.multicast"
+        elif (tunnel := core.hostmap.primary_packed(flow.remote)) is not None:
             self._send_inner(tunnel, packet, flow, now)
         elif flow.remote in core.own_packed:
-            core.outbox.drop("tun.own_address", None, now)
+            reason = "tun.own_address"
+        elif core.remotes.inside_overlay(target := ip_address(flow.remote)):
+            self._handshakes.start(target, now, packet=packet)
         else:
-            target = ip_address(flow.remote)
-            if core.remotes.inside_overlay(target):
-                self._handshakes.start(target, now, packet=packet)
-            else:
-                core.outbox.drop("tun.no_route", None, now)
+            reason = "tun.no_route"
+        if reason is not None:
+            core.outbox.drop(reason, None, now)
+            core.plane.refuse(flow, None, Direction.OUTBOUND, now.mono)
 
     def _send_inner(self, tunnel: Tunnel, packet: bytes, flow: FlowKey, now: Instant) -> bool:
         core = self._core
         verdict = core.firewall.check(Direction.OUTBOUND, flow, tunnel.networks, now.mono)
         if verdict is Verdict.ALLOW:
+            core.plane.allow(flow, tunnel, core.firewall.conntrack.timeout(flow), now.mono)
             return core.send(tunnel, MessageType.MESSAGE, MESSAGE_IP, packet)
         core.outbox.drop(f"firewall.outgoing.{verdict.value}", None, now)
+        core.plane.refuse(flow, tunnel, Direction.OUTBOUND, now.mono)
         return False
 
     def _flush(self, established: Established, now: Instant) -> None:
@@ -377,7 +386,7 @@ class Controller:
                 case TimerKind.CHECK, int(index):
                     tunnel = core.hostmap.by_index(index)
                     if tunnel is not None:
-                        self._check(tunnel, now)
+                        self._upkeep.check(tunnel, now)
         return core.outbox.drain()
 
     def _expire_candidate(self, index: int) -> None:
@@ -386,106 +395,30 @@ class Controller:
             self._core.outbox.stats["candidates.expired"] += 1
             self._core.forget(tunnel)
 
-    def _check(self, tunnel: Tunnel, now: Instant) -> None:
-        """Look after one proven tunnel, at most one alive interval after the last time."""
-        core = self._core
-        if not self._still_trusted(tunnel, now):
-            core.close(tunnel)
-            return
-        if tunnel.exhausted:
-            core.outbox.log(LogLevel.WARN, "Tunnel used up its message counter", **_who(tunnel))
-            core.forget(tunnel)
-            return
-        config = core.config
-        primary = core.hostmap.is_primary(tunnel)
-        decision, again = liveness.check(
-            tunnel.traffic, primary=primary, now=now.mono, tunnels=config.tunnels, timers=config.timers
-        )
-        match decision:
-            case Decision.ALIVE if core.hostmap.is_first(tunnel):
-                self._renew(tunnel, now)
-            case Decision.ALIVE:
-                self._swap_primary(tunnel)
-            case Decision.IDLE | Decision.WAIT:
-                pass
-            case Decision.TEST:
-                core.search(tunnel)
-            case Decision.INACTIVE:
-                core.outbox.log(LogLevel.INFO, "Dropping tunnel due to inactivity", **_who(tunnel))
-                core.close(tunnel)
-                return
-            case Decision.DEAD:
-                core.outbox.log(
-                    LogLevel.INFO,
-                    "Tunnel status",
-                    tunnelCheck={"state": "dead", "method": "active"},
-                    **_who(tunnel),
-                )
-                # If the peer lives after all, it shall not go on sending on what we forgot.
-                core.close(tunnel)
-                return
-        core.timers.arm((TimerKind.CHECK, tunnel.local_index), again)
-
-    def _still_trusted(self, tunnel: Tunnel, now: Instant) -> bool:
-        """Tell whether the peer's certificate would be accepted today."""
-        core = self._core
-        try:
-            core.pool.recheck(tunnel.session.peer, now.wall_s)
-        except BlocklistedError as error:
-            reason: CertError = error
-        except CertError as error:
-            if not core.config.pki.disconnect_invalid:
-                return True
-            reason = error
-        else:
-            return True
-        core.outbox.log(
-            LogLevel.INFO,
-            "Remote certificate is no longer valid, tearing down the tunnel",
-            **_who(tunnel),
-            fingerprint=tunnel.certificate.fingerprint,
-            error=reason,
-        )
-        return False
-
-    def _swap_primary(self, tunnel: Tunnel) -> None:
-        """Move to the tunnel the peer uses. Only the host with the lower address does, so both end on one."""
-        core = self._core
-        used = core.hostmap.primary(tunnel.addresses[0])
-        if used is not None and used.traffic.last_in >= tunnel.traffic.last_in:
-            return  # what came through this one came before the peer took to the other, or restarted
-        mine = core.own_networks[0].ip
-        if _order(tunnel.addresses[0]) < _order(mine) or tunnel.counter >= REHANDSHAKE_COUNTER:
-            return
-        current = core.identity.certificates.get(tunnel.session.own_certificate.version)
-        if current is not None and current.signature != tunnel.session.own_certificate.signature:
-            return
-        core.hostmap.make_primary(tunnel)
-
-    def _renew(self, tunnel: Tunnel, now: Instant) -> None:
-        """Start a handshake if this tunnel should be replaced; it stays in use until the new one is up."""
-        identity = self._core.identity
-        used = tunnel.session.own_certificate
-        peer_version = tunnel.certificate.version
-        version: CertVersion | None = None
-        if used.version not in identity.certificates:
-            reason = "local cert removed"
-        elif peer_version > used.version and peer_version in identity.certificates:
-            reason, version = "local cert version lower than peer", peer_version
-        elif identity.certificates[used.version].signature != used.signature:
-            reason = "local cert is not current"
-        elif used.version < identity.initiating_version:
-            reason = "current cert version < pki.initiating_version"
-        elif tunnel.counter >= REHANDSHAKE_COUNTER:
-            reason = "message counter threshold"
-        else:
-            return
-        if self._handshakes.is_open(tunnel.addresses):
-            return
-        self._core.outbox.log(LogLevel.INFO, "Re-handshaking with remote", **_who(tunnel), reason=reason)
-        self._handshakes.start(tunnel.addresses[0], now, version=version)
-
     # ---- commands ----
+
+    def restore(self, saved: Sequence[Saved], now: Instant) -> list[Action]:
+        """Go on with the tunnels of a control process that died, oldest first; before anything else."""
+        core = self._core
+        tunnels = []
+        for each in saved:
+            networks = PeerNetworks.of(each.session.peer.certificate, core.own_networks)
+            traffic = Traffic(last_used=now.mono, saw_out=True)
+            tunnel = Tunnel(each.session, networks, remote=each.remote, traffic=traffic, proven=True)
+            traffic.look(core.plane.passed(tunnel))
+            core.hostmap.adopt(tunnel)
+            interval = core.config.timers.connection_alive_interval
+            core.timers.arm((TimerKind.CHECK, tunnel.local_index), Seconds(now.mono + interval))
+            tunnels.append(tunnel)
+        for tunnel, each in zip(tunnels, saved, strict=True):
+            if each.primary:
+                core.hostmap.make_primary(tunnel)
+        return core.outbox.drain()
+
+    def handle_displaced(self, flows: Iterable[tuple[FlowKey, Seconds]]) -> None:
+        """Learn which flows the data path forgot to make room, and when each last had a packet."""
+        for flow, seen in flows:
+            self._core.firewall.conntrack.touch(flow, seen)
 
     def handle_resolved(self, remotes: Mapping[IPAddress, Sequence[UdpAddr]], now: Instant) -> list[Action]:
         """Take a whole `static_host_map`, its names resolved; it replaces the one before."""
@@ -506,9 +439,10 @@ class Controller:
         core = self._core
         core.config, core.pool = config, pool
         core.set_identity(identity)
-        core.firewall.replace(config.firewall, identity.newest, now.mono)
         for tunnel in core.hostmap:
             tunnel.networks = PeerNetworks.of(tunnel.certificate, core.own_networks)
+        if core.firewall.replace(config.firewall, identity.newest, now.mono):
+            core.plane.forget_flows()
         return core.outbox.drain()
 
     def handle_underlay_change(self, now: Instant) -> list[Action]:
@@ -528,22 +462,6 @@ class Controller:
         for tunnel in core.hostmap:
             core.close(tunnel)
         return core.outbox.drain()
-
-
-def _who(tunnel: Tunnel) -> dict[str, object]:
-    """Give the fields that tell in a log line which tunnel it is about."""
-    return {
-        "vpnAddrs": tunnel.addresses,
-        "certName": tunnel.certificate.name,
-        "udpAddr": tunnel.remote,
-        "localIndex": tunnel.local_index,
-        "remoteIndex": tunnel.remote_index,
-    }
-
-
-def _order(address: IPAddress) -> tuple[int, int]:
-    """Sort IPv4 before IPv6, then by number: the order in which identities are compared."""
-    return address.version, int(address)
 
 
 def _is_multicast(address: bytes) -> bool:

@@ -11,11 +11,13 @@ from nebula_mp.cert.pool import CaPool
 from nebula_mp.config.model import Config
 from nebula_mp.control.hostmap import HostMap, Tunnel, packed_addresses
 from nebula_mp.control.outbox import Outbox
+from nebula_mp.control.plane import DataPlane
 from nebula_mp.control.remotes import Remotes
 from nebula_mp.control.timers import Timers
+from nebula_mp.crypto.aead import TAG_BYTES
 from nebula_mp.firewall.rules import Firewall
 from nebula_mp.newtypes import Buffer, Entropy, IPAddress, IPInterface, Seconds, TunnelIndex, UdpAddr
-from nebula_mp.wire.header import TEST_REQUEST, MessageType
+from nebula_mp.wire.header import HEADER_BYTES, TEST_REQUEST, MessageType
 
 HINT_INTERVAL = Seconds(1.0)
 """One reaction per tunnel, kind and second to datagrams that are not authenticated."""
@@ -41,6 +43,7 @@ class Core:
     pool: CaPool
     entropy: Entropy
     firewall: Firewall
+    plane: DataPlane
     hostmap: HostMap
     remotes: Remotes
     outbox: Outbox = field(default_factory=Outbox)
@@ -76,12 +79,11 @@ class Core:
         to: UdpAddr | None = None,
     ) -> bool:
         """Seal one message and send it to the tunnel's address, or `to`; False and counted when exhausted."""
-        datagram = tunnel.try_seal(kind, subtype, plaintext)
-        if datagram is None:
+        counter = self.plane.try_reserve(tunnel, HEADER_BYTES + len(plaintext) + TAG_BYTES)
+        if counter is None:
             self.outbox.stats["messages.tx.exhausted"] += 1
             return False
-        tunnel.traffic.saw_out = True
-        self.outbox.datagram(datagram, to or tunnel.remote)
+        self.outbox.datagram(tunnel.seal(counter, kind, subtype, plaintext), to or tunnel.remote)
         return True
 
     def send_test(self, tunnel: Tunnel, to: UdpAddr | None = None) -> None:

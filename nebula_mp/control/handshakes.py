@@ -17,8 +17,8 @@ from nebula_mp.errors import CertError, WireError
 from nebula_mp.firewall.rules import PeerNetworks
 from nebula_mp.handshake.machine import Completed, Initiator, Responder
 from nebula_mp.handshake.pending import Attempt, GaveUp, Pending
-from nebula_mp.newtypes import CertVersion, Instant, IPAddress, Seconds, TunnelIndex, UdpAddr
-from nebula_mp.wire.header import HEADER_BYTES, STAGE_1_COUNTER, Header, MessageType
+from nebula_mp.newtypes import CertVersion, Counter, Instant, IPAddress, Seconds, TunnelIndex, UdpAddr
+from nebula_mp.wire.header import HEADER_BYTES, STAGE_1_COUNTER, STAGE_2_COUNTER, Header, MessageType
 
 PENDING = 4096
 """Handshakes of ours that may be open at once; packets for further hosts are dropped and counted."""
@@ -259,7 +259,8 @@ class Handshakes:
                 certVersion=int(version),
             )
             return None
-        index = core.hostmap.indexes.try_allocate()
+        remotes = self._remotes(handshake.target)
+        index = core.hostmap.indexes.try_allocate(core.plane.share_for(remotes[0]) if remotes else 0)
         if index is None:
             core.outbox.drop("tunnels_full", None, now)
             return None
@@ -281,7 +282,7 @@ class Handshakes:
 
     def _answer(self, responder: Responder, source: UdpAddr, now: Instant) -> None:
         core = self._core
-        index = core.hostmap.indexes.try_allocate()
+        index = core.hostmap.indexes.try_allocate(core.plane.share_for(source))
         if index is None:
             core.outbox.drop("tunnels_full", source, now)
             return
@@ -318,8 +319,11 @@ class Handshakes:
             certName=session.peer.certificate.name,
             udpAddr=source,
         )
+        # The data path never hears of this tunnel, so its first counter is free.
+        session.keys.wipe()
         goodbye = self._tunnel(session, source, now, proven=True)
-        core.send(goodbye, MessageType.CLOSE_TUNNEL, 0, b"")
+        first = Counter(STAGE_2_COUNTER + 1)
+        core.outbox.datagram(goodbye.seal(first, MessageType.CLOSE_TUNNEL, 0, b""), source)
         core.remotes.block(handshake.target, source)
         queue = handshake.pending.take_queue()
         self._abandon(handshake)

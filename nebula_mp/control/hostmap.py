@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 
 from nebula_mp.cert.model import Certificate
 from nebula_mp.control.liveness import Traffic
-from nebula_mp.crypto.replay import ReplayWindow
+from nebula_mp.control.plane import DataPlane
 from nebula_mp.firewall.rules import PeerNetworks
 from nebula_mp.handshake.machine import Completed
 from nebula_mp.newtypes import (
@@ -38,7 +38,7 @@ from nebula_mp.newtypes import (
     TunnelIndex,
     UdpAddr,
 )
-from nebula_mp.wire.header import COUNTER_LIMIT, STAGE_2_COUNTER, Header, MessageType
+from nebula_mp.wire.header import Header, MessageType
 
 TUNNELS_PER_ADDRESS = 5
 CANDIDATES_PER_HOST = 5
@@ -55,34 +55,64 @@ class IndexAllocator:
     """Local indexes: a dense row in the low half, fresh random bits in the high half.
 
     The row addresses a tunnel table; the random half makes a stale datagram for an earlier tunnel
-    of the same row miss instead of reaching its successor.
+    of the same row miss instead of reaching its successor. `index % shares` is the index's share, which
+    decides who gets the datagrams of its tunnel.
     """
 
-    __slots__ = ("_entropy", "_free", "_next_row", "_rows")
+    __slots__ = ("_entropy", "_free", "_in_use", "_next", "_rows", "_shares", "_taken")
 
-    def __init__(self, entropy: Entropy, rows: int = ROWS) -> None:
+    def __init__(self, entropy: Entropy, rows: int = ROWS, shares: int = 1) -> None:
         self._entropy = entropy
         self._rows = rows
-        self._next_row = 0
-        self._free: list[int] = []
+        self._shares = shares
+        # By `row % shares`: rows that were released, and the lowest one that was never used.
+        self._free: list[list[int]] = [[] for _ in range(shares)]
+        self._next = list(range(shares))
+        self._taken: set[int] = set()  # rows beyond `_next` that `take` took
+        self._in_use = 0
 
-    def try_allocate(self) -> TunnelIndex | None:
-        """Give an unused index, never 0; None, and nothing changed, when every row is taken."""
-        if self._free:
-            row = heapq.heappop(self._free)
-        elif self._next_row < self._rows:
-            row = self._next_row
-            self._next_row += 1
-        else:
-            return None
+    def __len__(self) -> int:
+        """How many indexes are in use."""
+        return self._in_use
+
+    def try_allocate(self, share: int = 0) -> TunnelIndex | None:
+        """Give an unused index, never 0, of this share if there is one, else of another one.
+
+        None, and nothing changed, when every row is taken.
+        """
         high = 0
         while high == 0:
             high = int.from_bytes(self._entropy(2), "big")
-        return TunnelIndex(high << 16 | row)
+        for number in range(self._shares):
+            row = self._try_row((share + number - (high << 16)) % self._shares)
+            if row is not None:
+                self._in_use += 1
+                return TunnelIndex(high << 16 | row)
+        return None
+
+    def take(self, index: TunnelIndex) -> None:
+        """Mark an index as used that a predecessor gave out; before any was allocated here."""
+        self._taken.add(index & 0xFFFF)
+        self._in_use += 1
 
     def release(self, index: TunnelIndex) -> None:
-        """Take back an index that `try_allocate` gave."""
-        heapq.heappush(self._free, index & 0xFFFF)
+        """Take back an index that is in use."""
+        row = index & 0xFFFF
+        self._in_use -= 1
+        heapq.heappush(self._free[row % self._shares], row)
+
+    def _try_row(self, remainder: int) -> int | None:
+        free = self._free[remainder]
+        while self._next[remainder] in self._taken:
+            self._taken.discard(self._next[remainder])
+            self._next[remainder] += self._shares
+        if free:
+            return heapq.heappop(free)
+        row = self._next[remainder]
+        if row >= self._rows:
+            return None
+        self._next[remainder] = row + self._shares
+        return row
 
 
 @dataclass(slots=True, eq=False)
@@ -94,8 +124,6 @@ class Tunnel:
     remote: UdpAddr
     traffic: Traffic
     proven: bool
-    window: ReplayWindow = field(default_factory=ReplayWindow.after_handshake)
-    counter: Counter = STAGE_2_COUNTER  # the last one used
     asked: UdpAddr | None = None  # where else the peer seems to be, and we asked for a reply
     asked_at: Seconds = Seconds(float("-inf"))
     roamed_from: UdpAddr | None = None
@@ -124,26 +152,21 @@ class Tunnel:
         """The peer's certificate."""
         return self.session.peer.certificate
 
-    @property
-    def exhausted(self) -> bool:
-        """Whether the send counter has reached its end."""
-        return self.counter + 1 >= COUNTER_LIMIT
-
-    def try_seal(self, kind: MessageType, subtype: int, plaintext: Buffer) -> bytes | None:
-        """Seal one message with the next counter; None, and nothing changed, when exhausted."""
-        if self.exhausted:
-            return None
-        # Advance first: whatever happens below, this counter is never used again under this key.
-        self.counter = Counter(self.counter + 1)
-        header = Header(kind, subtype, self.session.remote_index, self.counter).encode()
-        return header + self.session.send.seal(self.counter, header, plaintext)
+    def seal(self, counter: Counter, kind: MessageType, subtype: int, plaintext: Buffer) -> bytes:
+        """Seal one message with a counter that nobody used before under this key."""
+        header = Header(kind, subtype, self.session.remote_index, counter).encode()
+        return header + self.session.send.seal(counter, header, plaintext)
 
 
 class HostMap:
-    """All tunnels: proven ones under every address of the peer's certificate, candidates apart."""
+    """All tunnels: proven ones under every address of the peer's certificate, candidates apart.
 
-    def __init__(self, entropy: Entropy, rows: int = ROWS) -> None:
-        self.indexes = IndexAllocator(entropy, rows)
+    The data path is told of each change.
+    """
+
+    def __init__(self, entropy: Entropy, plane: DataPlane, rows: int = ROWS) -> None:
+        self.indexes = IndexAllocator(entropy, rows, plane.workers)
+        self._plane = plane
         self._by_index: dict[TunnelIndex, Tunnel] = {}
         self._by_remote_index: dict[TunnelIndex, list[Tunnel]] = {}
         self._by_stage1: dict[bytes, Tunnel] = {}
@@ -217,12 +240,21 @@ class HostMap:
         """Turn a candidate into the primary tunnel; gives the surplus tunnels that were removed."""
         self._drop_candidate(tunnel)
         tunnel.proven = True
+        self._plane.changed(tunnel)
         return self._install(tunnel)
 
     def add(self, tunnel: Tunnel) -> list[Tunnel]:
         """Take in a proven tunnel as primary; gives the surplus tunnels that were removed."""
         self._index(tunnel)
         return self._install(tunnel)
+
+    def adopt(self, tunnel: Tunnel) -> None:
+        """Take in, as primary, a proven tunnel that the data path knows from a predecessor of ours."""
+        self.indexes.take(tunnel.local_index)
+        self._enter(tunnel)
+        for address in tunnel.addresses:
+            self._by_address.setdefault(address, []).insert(0, tunnel)
+            self._primary_packed[address.packed] = tunnel
 
     def make_primary(self, tunnel: Tunnel) -> None:
         """Send through this proven tunnel from now on, for every address of the peer."""
@@ -231,6 +263,7 @@ class HostMap:
             tunnels.remove(tunnel)
             tunnels.insert(0, tunnel)
             self._primary_packed[address.packed] = tunnel
+        self._plane.route(tunnel.addresses[0], tunnel)
 
     def remove(self, tunnel: Tunnel) -> None:
         """Forget a tunnel; the next one of each address becomes primary, and its index is free."""
@@ -244,11 +277,19 @@ class HostMap:
         if self._by_stage1.get(tunnel.session.stage1) is tunnel:
             del self._by_stage1[tunnel.session.stage1]
         if tunnel.proven:
+            was_first = self.is_first(tunnel)
             for address in tunnel.addresses:
                 self._remove_address(address, tunnel)
+            if was_first:
+                self._plane.route(tunnel.addresses[0], self.primary(tunnel.addresses[0]))
+        self._plane.closed(tunnel)
         self.indexes.release(tunnel.local_index)
 
     def _index(self, tunnel: Tunnel) -> None:
+        self._plane.opened(tunnel)
+        self._enter(tunnel)
+
+    def _enter(self, tunnel: Tunnel) -> None:
         self._by_index[tunnel.local_index] = tunnel
         self._by_remote_index.setdefault(tunnel.remote_index, []).append(tunnel)
         if not tunnel.session.is_initiator:
@@ -268,6 +309,7 @@ class HostMap:
             tunnels.insert(0, tunnel)
             self._primary_packed[address.packed] = tunnel
             surplus += [old for old in tunnels[TUNNELS_PER_ADDRESS:] if old not in surplus]
+        self._plane.route(tunnel.addresses[0], tunnel)
         for old in surplus:
             self.remove(old)
         return surplus

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from nebula_mp.config.model import TimersConfig, TunnelsConfig
+from nebula_mp.control.plane import Passed
 from nebula_mp.newtypes import Seconds
 
 
@@ -35,7 +36,17 @@ class Traffic:
     last_in: Seconds = Seconds(float("-inf"))  # when an authentic datagram came; the handshake's count
     saw_in: bool = False
     saw_out: bool = False
+    received: int = 0  # what the data path had counted when it was last asked
+    sent: int = 0
     delete_at: Seconds | None = None  # set while a deletion is pending
+
+    def look(self, passed: Passed) -> None:
+        """Take in what the data path counted since the last look."""
+        if passed.received != self.received:
+            self.received, self.saw_in = passed.received, True
+        if passed.sent != self.sent:
+            self.sent, self.saw_out = passed.sent, True
+        self.last_in = max(self.last_in, passed.last_in)
 
 
 def check(

@@ -33,9 +33,9 @@ class Outbox:
         """Send `data` to the underlay address `to`."""
         self._actions.append(SendDatagram(data, to))
 
-    def tun(self, packet: bytes) -> None:
-        """Deliver an IP packet to the local stack."""
-        self._actions.append(WriteTun(packet))
+    def tun(self, packet: bytes, queue: int) -> None:
+        """Deliver an IP packet to the local stack through this queue of the device."""
+        self._actions.append(WriteTun(packet, queue))
 
     def log(self, level: LogLevel, message: str, **fields: object) -> None:
         """Write a record."""

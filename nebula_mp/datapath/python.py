@@ -47,9 +47,9 @@ class PythonReader:
     ) -> None:
         stats = StatsPage(memory.stats, writable=True)
         drops = Drops(stats)
-        self._tunnels = TunnelView(
-            _attach(memory.tunnels, TUNNELS), _attach(memory.keys, KEYS), Ciphers.build, clock
-        )
+        keys = _attach(memory.keys, KEYS)
+        keys.protect()
+        self._tunnels = TunnelView(_attach(memory.tunnels, TUNNELS), keys, Ciphers.build, clock)
         flows = FlowView(_attach(memory.flows, FLOWS), _attach(memory.seen, SEEN))
         traffic = Traffic(_attach(memory.traffic, TRAFFIC))
         seal_data = _attach(memory.seal_ring.data, DATA, "seal")

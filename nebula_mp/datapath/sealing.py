@@ -40,6 +40,7 @@ _HEADER = struct.Struct("!BBHIQ")
 _PACKETS: Final = SLOTS["mp.tun.rx.packets"]
 _BYTES: Final = SLOTS["mp.tun.rx.bytes"]
 _BEYOND: Final = SLOTS["mp.counter.span"]
+_BUSY: Final = SLOTS["mp.counter.busy"]
 
 
 class Ciphers(NamedTuple):
@@ -228,6 +229,8 @@ class PythonSealer:
                 self._seal(run, tunnel, first)
                 self._traffic.sent(row, generation, count, run.size_bytes, int(now * 1000))
                 return True
+            if first is Refusal.BUSY:
+                self._stats.add(_BUSY)
             if first is Refusal.EXHAUSTED or (first is not Refusal.GONE and overdue):
                 self._drops.count(Drop.EXHAUSTED, count)
                 return True

@@ -7,6 +7,7 @@ Source: docs/wire-format.md, "Firewall"; slackhq/nebula, firewall.go.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from enum import Enum
 from typing import Final
 
@@ -19,6 +20,8 @@ CAPACITY: Final = 131072
 
 IDLE_AFTER: Final = Seconds(1)
 """A flow without a packet for this long may make room for another one."""
+
+_LOOKS: Final = 8  # flows of each table that are looked at for one that makes room
 
 
 class Direction(Enum):
@@ -45,10 +48,19 @@ class Conntrack:
     When full, `add` first drops flows that have expired. Otherwise the one that has been idle for longest
     goes, and TCP only if nothing else is idle; if no flow is idle at all, the one whose latest packet is
     oldest goes.
+
+    `last_seen` gives the latest packet of a flow whose packets pass elsewhere, None if it knows nothing of
+    the flow. It is asked before a flow is dropped.
     """
 
-    def __init__(self, timeouts: ConntrackConfig, capacity: int = CAPACITY) -> None:
+    def __init__(
+        self,
+        timeouts: ConntrackConfig,
+        capacity: int = CAPACITY,
+        last_seen: Callable[[FlowKey], Seconds | None] = lambda _: None,
+    ) -> None:
         assert capacity > 0
+        self._last_seen = last_seen
         self.evicted = 0
         """Flows that made room before they expired; only grows."""
         self._capacity = capacity
@@ -64,8 +76,11 @@ class Conntrack:
 
     def set_timeouts(self, timeouts: ConntrackConfig, now: Seconds) -> None:
         """Give every flow that is still alive these timeouts, counted from its latest packet."""
-        while self._drop_expired(now):  # by the old timeouts: a longer one must not bring a flow back
-            pass
+        for table, timeout in self._tables():  # by the old timeouts: a longer one must not bring a flow back
+            rested = [(key, flow) for key, flow in table.items() if now - flow.seen >= timeout]
+            for key, flow in rested:
+                if now - self._refreshed(key, flow) >= timeout:
+                    del table[key]
         self._load(timeouts)
 
     def get(self, key: FlowKey, now: Seconds) -> Flow | None:
@@ -80,7 +95,7 @@ class Conntrack:
         flow = table.get(key)
         if flow is None:
             return None
-        if now - flow.seen >= timeout:
+        if now - flow.seen >= timeout and now - self._refreshed(key, flow) >= timeout:
             del table[key]
             return None
         flow.seen = now
@@ -96,6 +111,18 @@ class Conntrack:
         elif len(self) >= self._capacity:
             self._evict(now)
         table[key] = Flow(direction, rules_version, now)
+
+    def touch(self, key: FlowKey, seen: Seconds) -> None:
+        """Say that a flow, if it is known, had a packet at that time."""
+        flow = self._table(key).get(key)
+        if flow is not None:
+            flow.seen = max(flow.seen, seen)
+
+    def timeout(self, key: FlowKey) -> Seconds:
+        """How long a flow of this kind may rest."""
+        if key.protocol == TCP:
+            return self._tcp_timeout
+        return self._udp_timeout if key.protocol == UDP else self._default_timeout
 
     def remove(self, key: FlowKey) -> None:
         """Forget a flow that is there."""
@@ -114,28 +141,53 @@ class Conntrack:
     def _table(self, key: FlowKey) -> OrderedDict[FlowKey, Flow]:
         return self._tcp if key.protocol == TCP else self._udp if key.protocol == UDP else self._other
 
-    def _drop_expired(self, now: Seconds) -> bool:
-        """Drop at most one flow of each table, so that no packet pays for many; False if none has expired."""
-        dropped = False
-        for table, timeout in (
+    def _tables(self) -> tuple[tuple[OrderedDict[FlowKey, Flow], Seconds], ...]:
+        return (
             (self._tcp, self._tcp_timeout),
             (self._udp, self._udp_timeout),
             (self._other, self._default_timeout),
-        ):
-            if table and now - _oldest(table).seen >= timeout:
-                table.popitem(last=False)
-                dropped = True
-        return dropped
+        )
+
+    def _drop_expired(self, now: Seconds) -> None:
+        """Drop at most one flow of each table, so that no packet pays for many."""
+        for table, timeout in self._tables():
+            if not table:
+                continue
+            key, flow = next(iter(table.items()))
+            if now - flow.seen < timeout:
+                continue
+            if now - self._refreshed(key, flow) >= timeout:
+                del table[key]
+            else:  # its place by age is only nearly the last, which costs another look at worst
+                table.move_to_end(key)
 
     def _evict(self, now: Seconds) -> None:
         """Drop one flow of a table without expired ones."""
         others = [table for table in (self._udp, self._other) if table]
+        for table in (self._tcp, *others):
+            self._bring_idle_forward(table)
         victim = min(others, key=lambda table: _oldest(table).seen, default=self._tcp)
         seen = _oldest(victim).seen
         if now - seen < IDLE_AFTER and self._tcp and _oldest(self._tcp).seen < seen:
             victim = self._tcp
         victim.popitem(last=False)
         self.evicted += 1
+
+    def _bring_idle_forward(self, table: OrderedDict[FlowKey, Flow]) -> None:
+        """Move a few flows that only look idle behind the others."""
+        for _ in range(min(len(table), _LOOKS)):
+            key, flow = next(iter(table.items()))
+            known = flow.seen
+            if self._refreshed(key, flow) == known:
+                return
+            table.move_to_end(key)
+
+    def _refreshed(self, key: FlowKey, flow: Flow) -> Seconds:
+        """Give the time of a flow's latest packet, wherever that passed."""
+        seen = self._last_seen(key)
+        if seen is not None and seen > flow.seen:
+            flow.seen = seen
+        return flow.seen
 
 
 def _oldest(table: OrderedDict[FlowKey, Flow]) -> Flow:

@@ -6,7 +6,7 @@ were allowed before; knows nothing of tunnels, bytes or what happens to a packet
 Source: docs/wire-format.md, "Firewall"; slackhq/nebula, firewall.go.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from typing import Final, Self
 
@@ -108,8 +108,16 @@ class Firewall:
     `own` is our newest certificate. `now` of all calls together must never go backwards.
     """
 
-    def __init__(self, config: FirewallConfig, own: Certificate, *, capacity: int = CAPACITY) -> None:
-        self.conntrack = Conntrack(config.conntrack, capacity)
+    def __init__(
+        self,
+        config: FirewallConfig,
+        own: Certificate,
+        *,
+        capacity: int = CAPACITY,
+        last_seen: Callable[[FlowKey], Seconds | None] = lambda _: None,
+    ) -> None:
+        """`last_seen`: as for Conntrack."""
+        self.conntrack = Conntrack(config.conntrack, capacity, last_seen)
         self.rules_version = 0
         """u16, changes with the rules: a flow that older rules allowed is asked again."""
         self._load(config, own)

@@ -7,7 +7,7 @@ peer was meant, or whether a stage 1 was seen before. Time and entropy are argum
 Source: docs/wire-format.md, "Handshake"; slackhq/nebula, package handshake.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from google.protobuf.message import DecodeError
 
@@ -42,6 +42,20 @@ class Stage1:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class SessionKeys:
+    """The two keys of a tunnel, until they were handed to the data path: 32 bytes each, or none any more."""
+
+    send: bytearray = field(repr=False)
+    receive: bytearray = field(repr=False)
+
+    def wipe(self) -> None:
+        """Overwrite and forget them."""
+        for key in (self.send, self.receive):
+            key[:] = bytes(len(key))
+            key.clear()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Completed:
     """A tunnel is ready. Both sides send from counter 3 on; 1 and 2 were the handshake's."""
 
@@ -53,6 +67,7 @@ class Completed:
     is_initiator: bool
     send: Aead
     receive: Aead
+    keys: SessionKeys
     stage1: bytes  # without its header: two stage 1 are the same if these bytes are
     stage2: bytes  # the whole datagram, to be sent again for the same stage 1; empty for the initiator
 
@@ -177,6 +192,9 @@ class Initiator:
             is_initiator=True,
             send=Aead(self._cipher, keys.initiator_to_responder),
             receive=Aead(self._cipher, keys.responder_to_initiator),
+            keys=SessionKeys(
+                send=bytearray(keys.initiator_to_responder), receive=bytearray(keys.responder_to_initiator)
+            ),
             stage1=self.stage1[HEADER_BYTES:],
             stage2=b"",
         )
@@ -241,6 +259,9 @@ class Responder:
             is_initiator=False,
             send=Aead(self._cipher, keys.responder_to_initiator),
             receive=Aead(self._cipher, keys.initiator_to_responder),
+            keys=SessionKeys(
+                send=bytearray(keys.responder_to_initiator), receive=bytearray(keys.initiator_to_responder)
+            ),
             stage1=message,
             stage2=header.encode() + sealed,
         )

@@ -1,268 +1,205 @@
-"""The control process: one TUN queue, one UDP socket and timers around control.controller.
+"""The control process: handshakes, liveness and the first packet of each flow, around control.controller.
 
-Data flow: UDP socket | TUN | timer | signal | control socket -> [workers.control] -> Controller
-           Controller's actions -> [workers.control] -> UDP socket | TUN | log
-It waits, reads a batch, calls the controller and performs what that returns; what a packet means, and
-what happens next, is decided there. docs/architecture.md says what happens when something fails.
+Data flow: its UDP socket | upcall rings | timer | supervisor | services -> [workers.control] -> Controller
+           Controller's actions -> [workers.control] -> UDP socket | TUN queues | log
+           Controller -> workers.tables -> shared memory -> readers
+It waits, takes a batch, calls the controller and performs what that returns; what a packet means, and what
+happens next, is decided there. It opens nothing after its start: all descriptors come from the supervisor.
+Should it die, its successor goes on from the shared tables and the journal; docs/architecture.md says how.
 """
 
 import asyncio
-import os
-import signal
+import socket
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
-from socket import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from ipaddress import ip_address
 from typing import Any
 
-import setproctitle
-
 import nebula_mp
-from nebula_mp import clock, netlink
-from nebula_mp.config.load import LoadedConfig
+from nebula_mp import clock
 from nebula_mp.config.model import Config, LogLevel
 from nebula_mp.control.actions import Action, LogEvent, SendDatagram, WriteTun
 from nebula_mp.control.controller import Controller, HostStatus
-from nebula_mp.errors import NebulaError, SystemCallError
-from nebula_mp.ioctl_tun import TunDevice, TunLostError, WriteFault, check_name, require_net_admin
-from nebula_mp.newtypes import Instant, Seconds, UdpAddr
+from nebula_mp.control.plane import Opened
+from nebula_mp.datapath.api import Upcall, UpcallReason, take_upcalls
+from nebula_mp.errors import NebulaError, RingError, SystemCallError
+from nebula_mp.ioctl_tun import TunDevice, TunLostError, WriteFault
+from nebula_mp.newtypes import Instant, IPAddress, Seconds, UdpAddr
+from nebula_mp.shm import LockFile
+from nebula_mp.shm import Mapping as Memory
+from nebula_mp.shm_ring import DATA, STATE, Bell, Consumer
+from nebula_mp.shm_stats import SLOTS, StatsPage, totals
 from nebula_mp.udp_socket import SendFault, UdpSocket
+from nebula_mp.wire.header import MessageType
+from nebula_mp.workers import checked as checks
 from nebula_mp.workers import logs
+from nebula_mp.workers.channel import Channel, Message
+from nebula_mp.workers.checked import Checked, read_pki
 from nebula_mp.workers.expiry import ExpiryWatch
-from nebula_mp.workers.instance import Instance, instance_name
-from nebula_mp.workers.local_api import LocalApi
 from nebula_mp.workers.loop import BATCH, Alarm, run
-from nebula_mp.workers.notify import READY, STOPPING, notify, notify_reloading
-from nebula_mp.workers.pki import Pki, load_pki
-from nebula_mp.workers.reload import merge
-from nebula_mp.workers.resolver import Remotes, Resolver
-from nebula_mp.workers.threads import in_thread
+from nebula_mp.workers.parts import ControlParts, upcall_lock
+from nebula_mp.workers.pki import Pki
+from nebula_mp.workers.resolver import literal
+from nebula_mp.workers.tables import ShmPlane
 
-EXIT_LOST = 5
+EXIT_FAILED = 1
+_AREAS_PER_TURN = 4  # of each upcall ring, so that handshakes and timers have their turn in a flood
+_BEAT_S = 0.25  # the supervisor takes a process for stuck that does nothing for 2 s
 _HOUSEKEEPING = Seconds(1)
 _MINUTE = Seconds(60)
-_UNDERLAY_SETTLE_S = 0.1  # an address move is two messages, a link coming up is many
-_TUN_REOPENS_MAX = 3  # per minute
-_TUN_RETRY_S = 0.2
-
-LoadConfig = Callable[[], LoadedConfig]
-
-
-@dataclass(slots=True)
-class Parts:
-    """What `prepare` opened, in the order it was opened; each has one owner, the gateway."""
-
-    config: Config
-    sources: tuple[str, ...]
-    pki: Pki
-    instance: Instance
-    listener: socket
-    tun: TunDevice
-    udp: UdpSocket
-    watcher: netlink.AddressWatcher
-    controller: Controller
+_PASSES = SLOTS["mp.passes"]
+_AGAIN = SLOTS["mp.tun.again"]
+_ICMP = SLOTS["mp.rx.icmp"]
+_TYPES = frozenset(MessageType)
 
 
-def serve(loaded: LoadedConfig, load: LoadConfig, log: logs.Logs) -> int:
-    """Start a gateway and run it until it is asked to stop; the exit code.
-
-    `load` reads the configuration again for a reload. Raises NebulaError when it cannot start; what was
-    done on the way is undone then.
-    """
-    with ExitStack() as undo:
-        parts = prepare(loaded, undo)
-        setproctitle.setproctitle(f"nebula-mp: control {parts.tun.name}")
-        return run(lambda: Gateway(parts, load, log).run())
+def main(parts: ControlParts) -> int:
+    """Serve until the supervisor says stop; the exit code."""
+    log = logs.Logs(parts.logging, parts.log)
+    return run(lambda: Control(parts, read_pki(parts.checked), log).run())
 
 
-def prepare(loaded: LoadedConfig, undo: ExitStack) -> Parts:
-    """Open all that a gateway needs. On an error `undo` closes what was opened before it."""
-    config = loaded.config
-    pki = load_pki(config.pki, clock.wall_s())
-    for warning in (*loaded.warnings, *pki.warnings):
-        logs.write(LogLevel.WARN, warning)
+class Control:
+    """`run` serves inside an event loop and returns the exit code."""
 
-    check_name(config.tun.dev)
-    require_net_admin(config.tun.dev)
-    name = instance_name(config)
-    instance = _claim(config, name, undo) if name is not None else None
-    tun, tun_warnings = TunDevice.open(config.tun)
-    undo.callback(tun.close)
-    if instance is None:
-        instance = _claim(config, tun.name, undo)
-    udp = UdpSocket.open(config.listen)
-    undo.callback(udp.close)
-    udp_warnings = udp.configure(config.listen)
-    netlink.configure(tun.name, pki.identity.networks, config.tun.mtu)
-    watcher = netlink.AddressWatcher(tun.index)
-    undo.callback(watcher.close)
-    listener = instance.listen()
-    undo.callback(listener.close)
-    for warning in (*tun_warnings, *udp_warnings):
-        logs.write(LogLevel.WARN, warning)
-    controller = Controller(config, pki.identity, pki.pool, clock.entropy, clock.now())
-    return Parts(
-        config=config,
-        sources=tuple(map(str, loaded.sources)),
-        pki=pki,
-        instance=instance,
-        listener=listener,
-        tun=tun,
-        udp=udp,
-        watcher=watcher,
-        controller=controller,
-    )
-
-
-def _claim(config: Config, name: str, undo: ExitStack) -> Instance:
-    instance = Instance.claim(config.mp.run_dir, name)
-    undo.callback(instance.release)
-    return instance
-
-
-class Gateway:
-    """Runs a prepared gateway inside an event loop: `run` returns the exit code."""
-
-    def __init__(self, parts: Parts, load: LoadConfig, log: logs.Logs) -> None:
+    def __init__(self, parts: ControlParts, pki: Pki, log: logs.Logs) -> None:
         self._parts = parts
-        self._controller = parts.controller
-        self._udp = parts.udp
-        self._tun = parts.tun
-        self._config = parts.config
-        self._load = load
+        self._checked = parts.checked
+        self._pki = pki
         self._log = log
+        self._udp = UdpSocket(socket.socket(fileno=parts.udp))
+        self._tuns = _queues(parts.tuns, parts.device)
+        self._plane = ShmPlane(parts.tables, parts.owners, clock=clock.monotonic)
+        self._controller = Controller(
+            self._config, pki.identity, pki.pool, clock.entropy, plane=self._plane, now=clock.now()
+        )
+        self._page = StatsPage(parts.stats, writable=True)
+        self._pages = [StatsPage(page, writable=False, name=name) for name, page in parts.pages]
+        self._bell = Bell(parts.bell)
+        self._locks = LockFile(parts.ring_locks)
+        self._upcalls: dict[int, Consumer] = {}
+        self._supervisor = Channel(parts.supervisor, "the supervisor")
+        self._services = Channel(parts.services, "services")
         self._stats: Counter[str] = Counter()
         self._limit = logs.RateLimit(_MINUTE)
         self._started = clock.monotonic()
         self._housekept = self._started
         self._jumps = clock.JumpWatch(clock.now())
         self._expiry = self._expiry_watches()
-        self._kernel_drops = 0
-        self._tun_lost_at: list[Seconds] = []
-        self._tun_open = True
-        self._stopping = False
+        self._kernel_drops = self._udp.kernel_drops()
         self._exit_code = 0
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._reloading = asyncio.Lock()
-        self._underlay_handle: asyncio.TimerHandle | None = None
+
+    @property
+    def _config(self) -> Config:
+        return self._checked.config
 
     # ---- life ----
 
     async def run(self) -> int:
-        """Serve until a signal, a command or a fault ends it; close the tunnels then."""
+        """Take over what a predecessor left, then serve; the exit code."""
         self._loop = asyncio.get_running_loop()
+        self._loop.set_exception_handler(self._on_exception)
         self._stopped = asyncio.Event()
         self._alarm = Alarm(self._on_alarm)
-        self._resolver = self._new_resolver(self._config, {})
-        self._api = LocalApi(
-            {"status": self._answer_status, "reload": self._answer_reload, "stop": self._answer_stop}
-        )
-        self._loop.set_exception_handler(self._on_exception)
-        try:
-            await self._begin()
-            await self._stopped.wait()
-        finally:
-            self._end()
+        now = clock.now()
+        saved = self._plane.recover(self._pki.identity, self._pki.pool, alive=self._show_life)
+        self._perform(self._controller.restore(saved, now))
+        self._perform(self._controller.handle_resolved(self._literals(), now))
+        for worker in range(len(self._parts.upcall_rings)):
+            self._attach(worker)
+        self._listen()
+        self._services.send("resolve")
+        if saved:
+            logs.write(LogLevel.INFO, "control goes on", {"tunnels": len(saved)})
+        self._supervisor.send("ready")
+        await self._stopped.wait()
         return self._exit_code
 
-    async def _begin(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._loop.add_signal_handler(number, self._on_stop_signal, number)
-        self._loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
-        await self._api.start(self._parts.listener)
-        self._on_resolved(self._resolver.remotes())
-        self._resolver.start()
-        self._loop.add_reader(self._udp.fileno(), self._on_udp)
-        self._loop.add_reader(self._tun.fileno(), self._on_tun)
-        self._loop.add_reader(self._parts.watcher.fileno(), self._on_netlink)
-        logs.write(LogLevel.INFO, "listening", {"addr": self._udp.local})
-        logs.write(
-            LogLevel.INFO,
-            "Nebula interface is active",
-            {
-                "interface": self._tun.name,
-                "networks": self._parts.pki.identity.networks,
-                "build": nebula_mp.__version__,
-                "udpAddr": self._udp.local,
-                "kernel": "python",
-            },
-        )
+    def _listen(self) -> None:
+        if self._parts.reads_udp:
+            self._loop.add_reader(self._udp.fileno(), self._on_udp)
+        self._loop.add_reader(self._bell.fileno(), self._on_bell)
+        self._loop.add_reader(self._supervisor.fileno(), self._on_supervisor)
+        self._loop.add_reader(self._services.fileno(), self._on_services)
+        self._beat()
         self._rearm()
-        notify(READY, f"STATUS=device {self._tun.name}, listening on {self._udp.local}")
+        self._on_bell()  # what readers handed up while nobody was there
 
-    def _end(self) -> None:
-        """Say goodbye to the peers and let go of the loop; whoever prepared the parts closes them."""
-        self._alarm.cancel()
-        self._resolver.close()
-        for task in self._tasks:
-            task.cancel()
-        if self._underlay_handle is not None:
-            self._underlay_handle.cancel()
-        for source in (self._udp, self._tun, self._parts.watcher):
-            if source.fileno() >= 0:
-                self._loop.remove_reader(source.fileno())
-        try:
-            self._perform(self._controller.handle_stop(clock.now()))
-        except Exception:  # noqa: BLE001 - on the way out everything else must still be closed
-            logs.LOGGER.exception("goodbye to the peers failed")
-            self._exit_code = self._exit_code or EXIT_LOST
-        logs.write(LogLevel.INFO, "Goodbye")
-        # The tunnel device goes before the client of `stop` hears that it is done.
-        self._tun.close()
-        self._udp.close()
-        self._api.close()
-
-    def _stop(self, exit_code: int = 0) -> None:
-        if not self._stopping:
-            self._stopping = True
-            self._exit_code = exit_code
-            notify(STOPPING)
-            self._stopped.set()
-
-    def _on_stop_signal(self, number: int) -> None:
-        if self._stopping:
-            self._parts.instance.release()
-            os._exit(0)  # the second one: at once, the kernel takes device and routes away
-        logs.write(LogLevel.INFO, "Caught signal, shutting down", {"signal": signal.Signals(number).name})
-        self._stop()
+    def _end(self, exit_code: int) -> None:
+        self._exit_code = exit_code
+        self._stopped.set()
 
     def _on_exception(self, loop: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:  # noqa: ARG002
-        """End in order when our own code fails: the service manager starts a gateway in a known state."""
+        """End when our own code fails: a successor starts from a known state."""
         error = context.get("exception")
         if not isinstance(error, BaseException):
             logs.write(LogLevel.WARN, "event loop", {"error": context.get("message", "")})
             return
-        logs.LOGGER.error("unexpected error, shutting down", exc_info=error)
-        self._stop(EXIT_LOST)
+        logs.LOGGER.error("unexpected error in control", exc_info=error)
+        self._end(EXIT_FAILED)
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        """Run `work` beside the packets; what it raises ends the gateway."""
-        task = self._loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._on_task_done)
+    def _beat(self) -> None:
+        """Show everybody what we counted, and the supervisor that we are not stuck."""
+        self._show_life()
+        self._publish_counts()
+        self._loop.call_later(_BEAT_S, self._beat)
 
-    def _on_task_done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._on_exception(self._loop, {"exception": error})
+    def _show_life(self) -> None:
+        self._page.add(_PASSES)
 
     # ---- packets and time ----
 
     def _on_udp(self) -> None:
         handle = self._controller.handle_datagram
         for datagram, source in self._udp.receive(BATCH):
-            now = clock.now()
-            self._perform(handle(datagram, source, now))
-        self._rearm()
+            self._count("mp.udp.rx", datagram)
+            self._perform(handle(datagram, source, clock.now()))
+        self._settle()
 
-    def _on_tun(self) -> None:
-        handle = self._controller.handle_tun_packet
+    def _on_bell(self) -> None:
+        """Take what readers could not decide: first all packets go where they belong, then their flows."""
+        self._bell.empty()
+        for worker in list(self._upcalls):
+            for upcall in self._take(worker):
+                self._perform(self._decide(upcall, clock.now()))
+        self._settle()
+
+    def _take(self, worker: int) -> Iterator[Upcall]:
+        """Give a few areas of a reader's upcalls; what contradicts itself in there is not ours to end for."""
         try:
-            for packet in self._tun.read(BATCH):
-                self._perform(handle(packet, clock.now()))
-        except TunLostError as error:
-            self._on_tun_lost(error)
+            ring = self._upcalls[worker]
+            for upcall in take_upcalls(ring, _AREAS_PER_TURN):
+                _check(upcall)
+                yield upcall
+            if ring.pending():
+                self._bell.ring()
+        except RingError as error:
+            self._give_back(worker, error)
+
+    def _give_back(self, worker: int, error: RingError) -> None:
+        """Use a ring no more until the supervisor has emptied it."""
+        self._upcalls.pop(worker, None)
+        fields = {"ring": f"upcall/{worker}", "field": error.field, "value": error.value}
+        logs.write(LogLevel.ERROR, "ring contradiction", fields)
+        self._supervisor.send("bad_ring", {"worker": worker})
+
+    def _decide(self, upcall: Upcall, now: Instant) -> list[Action]:
+        match upcall.reason:
+            case UpcallReason.NEW_FLOW_OUT | UpcallReason.NO_TUNNEL:
+                return self._controller.handle_tun_packet(upcall.packet, now)
+        assert upcall.source is not None  # `_check` saw to it
+        match upcall.reason:
+            case UpcallReason.DATAGRAM | UpcallReason.UNKNOWN_INDEX:
+                return self._controller.handle_datagram(upcall.packet, upcall.source, now)
+            case UpcallReason.MOVED:
+                return self._controller.handle_moved(upcall.local_index, upcall.source, now)
+            case _:
+                message = Opened(MessageType(upcall.type), upcall.subtype, upcall.packet, upcall.source)
+                return self._controller.handle_opened(upcall.local_index, message, now)
+
+    def _settle(self) -> None:
+        """Let the readers know what was decided, now that the packets it was decided for are on their way."""
+        self._controller.handle_displaced(self._plane.settle(clock.monotonic()))
         self._rearm()
 
     def _on_alarm(self) -> None:
@@ -273,10 +210,10 @@ class Gateway:
         if now.mono - self._housekept >= _HOUSEKEEPING:
             self._housekept = now.mono
             self._keep_house(now)
-        self._rearm()
+        self._settle()
 
     def _rearm(self) -> None:
-        if not self._stopping:
+        if not self._stopped.is_set():
             self._alarm.arm(self._controller.next_timeout())
 
     def _perform(self, actions: Sequence[Action]) -> None:
@@ -287,25 +224,29 @@ class Gateway:
                     fault = self._udp.send(data, to)
                     if fault is not None:
                         self._on_send_fault(fault, to)
-                case WriteTun(packet):
-                    self._write_tun(packet)
+                    else:
+                        self._count("mp.udp.tx", data)
+                case WriteTun(packet, queue):
+                    self._write_tun(packet, self._tuns[queue])
                 case LogEvent():
                     logs.log(action)
 
-    def _write_tun(self, packet: bytes) -> None:
-        if not self._tun_open:
-            self._stats["mp.tun.drop.lost"] += 1
-            return
+    def _count(self, name: str, packet: bytes) -> None:
+        self._page.add(SLOTS[f"{name}.packets"])
+        self._page.add(SLOTS[f"{name}.bytes"], len(packet))
+
+    def _write_tun(self, packet: bytes, tun: TunDevice) -> None:
         try:
-            fault = self._tun.write(packet)
-        except TunLostError as error:
+            fault = tun.write(packet)
+        except TunLostError:  # its reader says so to the supervisor, who opens it again or gives up
             self._stats["mp.tun.drop.lost"] += 1
-            self._on_tun_lost(error)
             return
-        if fault is not None:
-            self._stats[fault] += 1
-            if fault is not WriteFault.FULL:
-                self._warn(LogLevel.WARN, "packet for the tun device dropped", fault, {"reason": fault})
+        if fault is None:
+            self._count("mp.tun.tx", packet)
+            return
+        self._stats[fault] += 1
+        if fault is not WriteFault.FULL:
+            self._warn(LogLevel.WARN, "packet for the tun device dropped", fault, {"reason": fault})
 
     def _on_send_fault(self, fault: SendFault, to: UdpAddr) -> None:
         self._stats[fault] += 1
@@ -343,173 +284,112 @@ class Gateway:
             self._kernel_drops = drops
 
     def _expiry_watches(self) -> list[ExpiryWatch]:
-        own = self._parts.pki.identity.certificates.values()
+        own = self._pki.identity.certificates.values()
         return [ExpiryWatch(certificate.name, certificate.not_after) for certificate in own]
 
-    # ---- the device went away ----
+    # ---- the supervisor ----
 
-    def _on_tun_lost(self, error: TunLostError) -> None:
-        if self._tun_open and not self._stopping:
-            self._tun_open = False
-            self._loop.remove_reader(self._tun.fileno())
-            logs.write(LogLevel.ERROR, "tun device lost", {"dev": self._tun.name, "error": error})
-            self._spawn(self._reopen_tun())
+    def _on_supervisor(self) -> None:
+        handlers: Mapping[str, Callable[[Message], None]] = {
+            "reload": self._on_reload,
+            "underlay": self._on_underlay,
+            "owners": self._on_owners,
+            "upcalls": self._on_upcalls,
+            "tuns": self._on_tuns,
+            "stop": self._on_stop,
+        }
+        for message in self._supervisor.receive():
+            handlers[message.kind](message)
+        self._settle()
 
-    async def _reopen_tun(self) -> None:
-        """Open the device again, three times a minute at most; after that the gateway ends."""
-        self._tun.close()
-        while True:
-            now = clock.monotonic()
-            self._tun_lost_at = [at for at in self._tun_lost_at if now - at < _MINUTE]
-            if len(self._tun_lost_at) >= _TUN_REOPENS_MAX:
-                logs.write(LogLevel.ERROR, "tun device lost for good, shutting down", {"dev": self._tun.name})
-                self._stop(EXIT_LOST)
-                return
-            self._tun_lost_at.append(now)
-            self._stats["mp.tun.reopen"] += 1
-            try:
-                await self._open_tun_again()
-            except SystemCallError as error:
-                logs.write(LogLevel.WARN, "tun device not opened again", {"error": error})
-                await asyncio.sleep(_TUN_RETRY_S)
-            else:
-                logs.write(LogLevel.INFO, "tun device opened again", {"dev": self._tun.name})
-                return
-
-    async def _open_tun_again(self) -> None:
-        async with self._reloading:  # a reload may change what the device is opened with
-            tun, _ = TunDevice.open(replace(self._config.tun, dev=self._tun.name))
-            try:
-                # In a thread: IPRoute does not work on the thread of a running loop.
-                networks = self._parts.pki.identity.networks
-                self._parts.watcher.set_own_index(tun.index)
-                await in_thread(lambda: netlink.configure(tun.name, networks, self._config.tun.mtu))
-            except BaseException:
-                tun.close()
-                raise
-        self._tun = tun
-        self._tun_open = True
-        self._loop.add_reader(tun.fileno(), self._on_tun)
-
-    # ---- the underlay changed ----
-
-    def _on_netlink(self) -> None:
-        changes = self._parts.watcher.poll_changed()
-        if changes:
-            self._stats["mp.underlay.changes"] += 1
-            logs.write(LogLevel.INFO, "underlay changed", {"changes": changes})
-            if self._underlay_handle is None:
-                self._underlay_handle = self._loop.call_later(_UNDERLAY_SETTLE_S, self._on_underlay_settled)
-
-    def _on_underlay_settled(self) -> None:
-        self._underlay_handle = None
-        self._perform(self._controller.handle_underlay_change(clock.now()))
-        self._rearm()
-
-    # ---- names ----
-
-    def _new_resolver(self, config: Config, known: Mapping[str, Any]) -> Resolver:
-        return Resolver(config.static_host_map, config.static_map, self._on_resolved, known)
-
-    def _on_resolved(self, remotes: Remotes) -> None:
-        self._perform(self._controller.handle_resolved(remotes, clock.now()))
-        self._rearm()
-
-    # ---- reload ----
-
-    def _on_hangup(self) -> None:
-        logs.write(LogLevel.INFO, "Caught HUP, reloading config")
-        self._spawn(self._reload_and_log())
-
-    async def _reload_and_log(self) -> None:
-        with suppress(NebulaError):  # said where it happened
-            await self._reload()
-
-    async def _reload(self) -> tuple[str, ...]:
-        """Take over a changed configuration and changed keys, or nothing. Returns warnings.
-
-        Raises NebulaError, with everything as it was.
-        """
-        async with self._reloading:
-            notify_reloading()
-            try:
-                return await self._reload_once()
-            except NebulaError as error:
-                self._stats["mp.reload.failed"] += 1
-                logs.write(LogLevel.ERROR, "reload failed, nothing was changed", {"error": error})
-                raise
-            finally:
-                notify(READY)
-
-    async def _reload_once(self) -> tuple[str, ...]:
-        def read() -> tuple[LoadedConfig, Pki]:
-            loaded = self._load()
-            return loaded, load_pki(loaded.config.pki, clock.wall_s())
-
-        loaded, pki = await in_thread(read)
-        pki.identity.check_replaces(self._parts.pki.identity)
-        config, kept = merge(self._config, loaded.config)
-        warnings = [*loaded.warnings, *pki.warnings]
-        if kept:
-            warnings.append(f"changed, but needs a restart: {', '.join(kept)}")
-        with ExitStack() as undo:
-            warnings += self._udp.configure(config.listen)
-            undo.callback(self._udp.configure, self._config.listen)
-            await self._configure_device(config, pki, undo)
-            undo.pop_all()
-        # From here on nothing fails and nothing waits: one switch.
-        self._config, self._parts.pki, self._parts.config = config, pki, config
-        self._expiry = self._expiry_watches()
-        self._log.configure(config.logging)
-        self._perform(self._controller.handle_reload(config, pki.identity, pki.pool, clock.now()))
-        old, self._resolver = self._resolver, self._new_resolver(config, self._resolver.found)
-        old.close()
-        self._on_resolved(self._resolver.remotes())
-        self._resolver.start()
-        for warning in warnings:
-            logs.write(LogLevel.WARN, warning)
-        logs.write(LogLevel.INFO, "config reloaded", {"sources": loaded.sources})
-        return tuple(warnings)
-
-    async def _configure_device(self, config: Config, pki: Pki, undo: ExitStack) -> None:
-        """Change addresses and MTU if they differ."""
-        networks = pki.identity.networks
-        old_networks, old_mtu = self._parts.pki.identity.networks, self._config.tun.mtu
-        if (networks, config.tun.mtu) == (old_networks, old_mtu) or not self._tun_open:
-            return
-        if config.tun.mtu != old_mtu:
-            self._tun.set_mtu(config.tun.mtu)
-            undo.callback(self._tun.set_mtu, old_mtu)
+    def _on_reload(self, message: Message) -> None:
+        """Take over a configuration, certificates and a key that were found good, or nothing."""
+        warnings: tuple[str, ...] = ()
+        error = None
         try:
-            await in_thread(lambda: netlink.configure(self._tun.name, networks, config.tun.mtu))
-        except SystemCallError:
-            with suppress(SystemCallError):
-                await in_thread(lambda: netlink.configure(self._tun.name, old_networks, old_mtu))
-            raise
+            new = _checked(message)
+            pki = read_pki(new)
+            pki.identity.check_replaces(self._pki.identity)
+        except NebulaError as refusal:
+            error = str(refusal)
+        else:
+            self._use(new, pki)
+            warnings = pki.warnings
+        finally:
+            message.close()
+        body = {"id": message.body["id"], "error": error, "warnings": list(warnings)}
+        self._supervisor.send("reloaded", body)
 
-    # ---- the control socket ----
+    def _use(self, new: Checked, pki: Pki) -> None:
+        self._checked, self._pki = new, pki
+        self._expiry = self._expiry_watches()
+        self._log.configure(new.config.logging)
+        self._perform(self._controller.handle_reload(new.config, pki.identity, pki.pool, clock.now()))
 
-    async def _answer_stop(self) -> Mapping[str, object]:
-        logs.write(LogLevel.INFO, "Asked to stop, shutting down")
-        self._loop.call_soon(self._stop)
-        return {"pid": os.getpid(), "device": self._tun.name}
+    def _on_underlay(self, _: Message) -> None:
+        self._perform(self._controller.handle_underlay_change(clock.now()))
 
-    async def _answer_reload(self) -> Mapping[str, object]:
-        return {"device": self._tun.name, "warnings": list(await self._reload())}
+    def _on_owners(self, message: Message) -> None:
+        self._plane.set_owners([int(owner) for owner in message.body["owners"]])
 
-    async def _answer_status(self) -> Mapping[str, object]:
-        parts = self._parts
-        newest = parts.pki.identity.newest
+    def _on_upcalls(self, message: Message) -> None:
+        self._attach(int(message.body["worker"]))
+        self._on_bell()
+
+    def _on_tuns(self, message: Message) -> None:
+        """The device was made anew; its old queues are of no use to anybody."""
+        self._publish_counts()
+        for tun in self._tuns:
+            tun.close()
+        self._tuns = _queues(message.descriptors, self._parts.device)
+
+    def _on_stop(self, _: Message) -> None:
+        self._perform(self._controller.handle_stop(clock.now()))
+        self._supervisor.send("stopped")
+        self._end(0)
+
+    def _attach(self, worker: int) -> None:
+        """Become the consumer of a reader's upcalls. Raises SystemCallError."""
+        self._upcalls.pop(worker, None)
+        if not self._locks.lock(upcall_lock(worker)).try_take():
+            raise SystemCallError(f"upcall ring {worker}: another process reads it")
+        ring, name = self._parts.upcall_rings[worker], f"upcall/{worker}"
+        try:
+            data = Memory(ring.data, DATA, writable=False, name=name)
+            state = Memory(ring.state, STATE, writable=True, name=name)
+            self._upcalls[worker] = Consumer(data, state, segments=False)
+        except RingError as error:
+            self._give_back(worker, error)
+
+    # ---- services ----
+
+    def _on_services(self) -> None:
+        for message in self._services.receive():
+            if message.kind == "resolved":
+                self._perform(self._controller.handle_resolved(_remotes(message.body), clock.now()))
+            elif message.kind == "status":
+                answer = {"id": message.body["id"], "result": self._status(), "error": None}
+                self._services.send("answer", answer)
+            message.close()
+        self._settle()
+
+    def _literals(self) -> Mapping[IPAddress, Sequence[UdpAddr]]:
+        """What of the static_host_map needs no look-up; services say the rest."""
+        return {
+            overlay: tuple(known for entry in entries if (known := literal(entry)) is not None)
+            for overlay, entries in self._config.static_host_map.items()
+        }
+
+    def _status(self) -> Mapping[str, object]:
+        newest = self._pki.identity.newest
         return {
             "version": nebula_mp.__version__,
-            "pid": os.getpid(),
-            "device": self._tun.name,
+            "device": self._parts.device,
             "listen": str(self._udp.local),
             "kernel": "python",
             "mtu_bytes": self._config.tun.mtu,
-            "uptime_s": int(clock.monotonic() - self._started),
-            "sources": list(parts.sources),
-            "networks": [str(network) for network in parts.pki.identity.networks],
+            "sources": list(self._checked.sources),
+            "networks": [str(network) for network in self._pki.identity.networks],
             "certificate": {
                 "name": newest.name,
                 "groups": list(newest.groups),
@@ -521,16 +401,55 @@ class Gateway:
             "stats": self._all_stats(),
         }
 
+    def _publish_counts(self) -> None:
+        """Move to our page what has a place there: a successor goes on with it, so that no sum ever falls."""
+        for stats in (self._controller.stats, self._plane.stats, self._stats):
+            for name in SLOTS.keys() & stats.keys():
+                self._page.add(SLOTS[name], stats.pop(name))
+        for tun in self._tuns:
+            self._page.add(_AGAIN, tun.again)
+            tun.again = 0
+        self._page.add(_ICMP, self._udp.icmp)
+        self._udp.icmp = 0
+
     def _all_stats(self) -> dict[str, int]:
+        self._publish_counts()
         own = {
-            "mp.rx.drop.oversize": self._udp.oversize,
-            "mp.rx.icmp": self._udp.icmp,
-            "mp.tun.again": self._tun.again,
+            "drop.oversize": self._udp.oversize,
             "mp.log.lost": self._log.output.lost,
             "udp.0.drops": self._udp.kernel_drops(),
         }
-        merged = Counter(self._controller.stats) + self._stats + Counter(own)
+        merged = Counter(self._controller.stats) + self._stats + Counter(own) + Counter(self._plane.stats)
+        merged += Counter(totals([self._page, *self._pages]))
         return dict(sorted(merged.items()))
+
+
+def _check(upcall: Upcall) -> None:
+    """Raise RingError for what no reader writes: control does not end because one of them went mad."""
+    plain = upcall.reason in (UpcallReason.NEW_FLOW_OUT, UpcallReason.NO_TUNNEL)
+    if upcall.source is None and not plain:
+        raise RingError("upcall ring", "source", None, f"an address with {upcall.reason.name}")
+    if upcall.type not in _TYPES:
+        raise RingError("upcall ring", "type", upcall.type, "one of MessageType")
+
+
+def _checked(message: Message) -> Checked:
+    """Read what the supervisor had checked. Raises NebulaError."""
+    if not message.descriptors:
+        raise NebulaError("the private key did not come with the configuration")
+    return checks.decode(message.body["checked"], key=message.descriptors[0])
+
+
+def _queues(descriptors: Sequence[int], device: str) -> tuple[TunDevice, ...]:
+    return tuple(TunDevice(descriptor, device) for descriptor in descriptors)
+
+
+def _remotes(body: Mapping[str, Any]) -> Mapping[IPAddress, Sequence[UdpAddr]]:
+    """Read a whole static_host_map as services found it."""
+    return {
+        ip_address(overlay): tuple(map(UdpAddr.parse, addresses))
+        for overlay, addresses in body["remotes"].items()
+    }
 
 
 def _host(host: HostStatus) -> dict[str, object]:

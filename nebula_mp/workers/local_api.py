@@ -1,17 +1,16 @@
 """The control socket: one command in, one answer out.
 
-Data flow: cli.client -> <run_dir>/<name>.sock -> [workers.local_api] -> workers.control -> back
+Data flow: cli.client -> <run_dir>/<name>.sock -> [workers.local_api] -> workers.services -> back
 A message is its length in 4 bytes, big endian, and a msgpack map. Requests and answers carry the schema;
-fields are only ever added to one. Access is the file's mode and the caller's uid, root or ours.
+fields are only ever added to one. Access is the file's mode and the caller's uid.
 Knows nothing of what a command does.
 """
 
 import asyncio
 import contextlib
-import os
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any
 
 import msgpack
@@ -25,6 +24,7 @@ LENGTH = struct.Struct("!I")
 _CREDENTIALS = struct.Struct("=iII")  # pid, uid, gid
 _CLIENTS_MAX = 16
 _IDLE_S = 10
+_PAUSE_S = 1.0
 
 Command = Callable[[], Awaitable[Mapping[str, object]]]
 
@@ -56,35 +56,64 @@ def peer_credentials(connection: socket.socket) -> tuple[int, int]:
 class LocalApi:
     """`start` inside the loop with the listening socket, which it then owns; `close` ends it.
 
-    A command that raises NebulaError is answered with its text; anything else it raises goes to the
-    loop's exception handler, and the client sees the connection close.
+    `uids` are the users who may ask. A command that raises NebulaError is answered with its text; anything
+    else it raises goes to the loop's exception handler, and the client sees the connection close.
     """
 
-    def __init__(self, commands: Mapping[str, Command]) -> None:
+    def __init__(self, commands: Mapping[str, Command], uids: Collection[int]) -> None:
         self._commands = commands
-        self._server: asyncio.Server | None = None
+        self._uids = frozenset(uids)
+        self._listener: socket.socket | None = None
+        self._pause: asyncio.TimerHandle | None = None
+        self._greetings: set[asyncio.Task[object]] = set()
         self._clients: set[asyncio.StreamWriter] = set()
 
-    async def start(self, listener: socket.socket) -> None:
+    def start(self, listener: socket.socket) -> None:
         """Begin to accept clients."""
-        self._server = await asyncio.start_unix_server(
-            self._serve, sock=listener, limit=REQUEST_BYTES_MAX + LENGTH.size
-        )
+        # asyncio's own server would call listen(2) again, and clients would then take us, instead of the
+        # process that opened the socket, for the one whose end they have to wait for.
+        self._listener = listener
+        listener.settimeout(0)
+        asyncio.get_running_loop().add_reader(listener.fileno(), self._accept)
 
     def close(self) -> None:
         """Accept nobody any more and hang up on those who are there; may be called again."""
-        if self._server is not None:
-            self._server.close()
-            self._server = None
+        if self._listener is not None:
+            asyncio.get_running_loop().remove_reader(self._listener.fileno())
+            self._listener.close()
+            self._listener = None
+        if self._pause is not None:
+            self._pause.cancel()
+        for greeting in self._greetings:
+            greeting.cancel()
         for writer in self._clients:
             writer.close()
         self._clients.clear()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connection = writer.get_extra_info("socket")
-        if len(self._clients) >= _CLIENTS_MAX or peer_credentials(connection)[1] not in (0, os.geteuid()):
-            writer.close()
+    def _accept(self) -> None:
+        """Take one client in; there may be more, and the loop then calls again."""
+        loop = asyncio.get_running_loop()
+        assert self._listener is not None
+        try:
+            connection, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionError):  # it is gone again
             return
+        except OSError:  # no descriptors left: it would be tried again at once, for ever
+            loop.remove_reader(self._listener.fileno())
+            self._pause = loop.call_later(_PAUSE_S, self.start, self._listener)
+            return
+        count = len(self._clients) + len(self._greetings)
+        if count >= _CLIENTS_MAX or peer_credentials(connection)[1] not in self._uids:
+            connection.close()
+            return
+        connection.settimeout(0)
+        stream = asyncio.StreamReader(limit=REQUEST_BYTES_MAX + LENGTH.size)
+        protocol = asyncio.StreamReaderProtocol(stream, self._serve)
+        greeting = loop.create_task(loop.connect_accepted_socket(lambda: protocol, connection))
+        self._greetings.add(greeting)
+        greeting.add_done_callback(self._greetings.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._clients.add(writer)
         try:
             # Slow, silent or gone clients cost nobody anything: they are hung up on.

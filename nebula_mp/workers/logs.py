@@ -1,8 +1,11 @@
 """Log lines as Nebula writes them, text or JSON, to a stdout that may be stuck, full or gone.
 
-Data flow: control.actions.LogEvent, logging calls -> [workers.logs] -> stdout
+Data flow: control.actions.LogEvent, logging calls -> [workers.logs] -> the log's pipe | stdout
+           the log's pipe -> workers.services -> [workers.logs.Output] -> stdout
 A write never blocks: it happens only when poll(2) promises room, in pieces a pipe takes whole. What
-cannot be written waits in a bounded memory; what falls out of that is counted.
+cannot be written waits in a bounded memory; what falls out of that is counted. The pipe that our processes
+share is told by its being non-blocking: lines on it are never longer than such a piece, so that they do not
+mix.
 Source: Go's log/slog text and JSON handlers, which Nebula 1.11 uses; poll(2), pipe(7).
 """
 
@@ -10,6 +13,7 @@ import json
 import logging
 import os
 import select
+import stat
 import traceback
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -33,6 +37,8 @@ _PIECE_BYTES = 4096  # PIPE_BUF on Linux: a pipe that polls as writable takes th
 _LINE_BYTES_MAX = 64 * 1024
 _BACKLOG_LINES = 1000
 _RETRY = Seconds(10)
+_CUT = "..."
+_SHORT = 100  # characters: a text that is not cut any more
 
 
 def log(event: LogEvent) -> None:
@@ -53,6 +59,7 @@ class Output:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+        self.line_bytes_max = _PIECE_BYTES if _is_shared(descriptor) else _LINE_BYTES_MAX
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLOUT)
         self._backlog: deque[bytes] = deque()
@@ -69,13 +76,24 @@ class Output:
             # The first line may be written in part already, so the second one goes.
             del self._backlog[1]
             self.lost += 1
-        self._backlog.append(line[: _LINE_BYTES_MAX - 1] + b"\n" if len(line) > _LINE_BYTES_MAX else line)
+        if len(line) > self.line_bytes_max:
+            line = line[: self.line_bytes_max - 1] + b"\n"
+        self._backlog.append(line)
+        return self.flush(now)
+
+    def flush(self, now: Seconds) -> int:
+        """Write what waits, as far as there is room. Returns what `write` does."""
         if self._retry_at is not None and now < self._retry_at:
             return 0
         if not self._flush(now):
             return 0
         lost, self._reported = self.lost - self._reported, self.lost
         return lost
+
+    @property
+    def waiting(self) -> int:
+        """How many lines could not be written yet."""
+        return len(self._backlog)
 
     def _flush(self, now: Seconds) -> bool:
         """Write as much as there is room for; True when nothing waits any more."""
@@ -97,6 +115,13 @@ class Output:
             else:
                 self._backlog.popleft()
         return True
+
+
+def _is_shared(descriptor: int) -> bool:
+    try:
+        return stat.S_ISFIFO(os.fstat(descriptor).st_mode) and not os.get_blocking(descriptor)
+    except OSError:  # closed: writing to it says so
+        return False
 
 
 class LogHandler(logging.Handler):
@@ -131,8 +156,23 @@ class LogHandler(logging.Handler):
             fields["stack"] = "".join(traceback.format_exception(*record.exc_info)).strip()
         level = _NAMES.get(record.levelno, "ERROR")
         when = datetime.fromtimestamp(record.created, UTC).astimezone() if self._timestamps else None
-        line = json_line if self._json else text_line
-        return line(when, level, record.getMessage(), fields).encode("utf-8", "replace") + b"\n"
+        encode = json_line if self._json else text_line
+        while True:
+            line = encode(when, level, record.getMessage(), fields).encode("utf-8", "replace") + b"\n"
+            if not _try_shorten(fields, len(line) - self.output.line_bytes_max):
+                return line
+
+
+def _try_shorten(fields: dict[str, object], excess: int) -> bool:
+    """Cut up to so many bytes off the front of the longest text; False if there is no need or no hope."""
+    texts = {key: value for key, value in fields.items() if isinstance(value, str)}
+    longest = max(texts, key=lambda key: len(texts[key]), default="")
+    text = texts.get(longest, "")
+    if excess <= 0 or len(text) <= _SHORT:
+        return False
+    # Never more than half at once: the next longest may have to give as well.
+    fields[longest] = _CUT + text[min(excess + len(_CUT), len(text) // 2) :]  # the end of a stack says most
+    return True
 
 
 class Logs:

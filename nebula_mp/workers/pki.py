@@ -1,7 +1,8 @@
 """Our certificate, key and trusted CAs, read from the paths or the text in `pki`.
 
 Data flow: config.model.PkiConfig -> files -> [workers.pki] -> cert.identity, cert.pool -> Controller
-Reads files and nothing else; what makes a certificate good is decided in cert.
+Reads files and nothing else; what makes a certificate good is decided in cert. Reading and judging are apart,
+since the process that reads the private key is not the one that uses it (workers.checked).
 Source: slackhq/nebula, examples/config.yml, `pki`.
 """
 
@@ -32,15 +33,48 @@ class Pki:
     warnings: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class PemText:
+    """PEM text, and what to call it in messages."""
+
+    text: str
+    source: str
+    readable_by_all: bool = False
+
+    def __repr__(self) -> str:
+        return f"PemText(source={self.source!r})"  # the text may be a private key
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PkiTexts:
+    """All of `pki` that may stand in files."""
+
+    certificate: PemText
+    key: PemText
+    ca: PemText
+
+
 def load_pki(config: PkiConfig, at: int) -> Pki:
     """Read and check everything under `pki` as of unix time `at`.
 
     Raises ConfigError for a file that cannot be read and CertError for content that cannot be used; the
     text names the key, the file and what to do, and never quotes a private key.
     """
-    certificate = _read("pki.cert", config.cert)
-    key = _read("pki.key", config.key)
-    ca = _read("pki.ca", config.ca)
+    return check_pki(read_texts(config), config, at)
+
+
+def read_texts(config: PkiConfig) -> PkiTexts:
+    """Read the files, or take the texts that stand in the configuration itself. Raises as `load_pki` does."""
+    return PkiTexts(
+        certificate=_read("pki.cert", config.cert),
+        key=_read("pki.key", config.key),
+        ca=_read("pki.ca", config.ca),
+    )
+
+
+def check_pki(texts: PkiTexts, config: PkiConfig, at: int) -> Pki:
+    """Check what was read, as of unix time `at`. Raises CertError."""
+    certificate, key, ca = texts.certificate, texts.key, texts.ca
     identity = Identity.from_pem(
         certificate.text,
         key.text,
@@ -64,21 +98,9 @@ def load_pki(config: PkiConfig, at: int) -> Pki:
     return Pki(identity, pool, tuple(warnings))
 
 
-@dataclass(frozen=True, slots=True)
-class _Text:
-    """PEM text, and what to call it in messages."""
-
-    text: str
-    source: str
-    readable_by_all: bool = False
-
-    def __repr__(self) -> str:
-        return f"_Text(source={self.source!r})"  # the text may be a private key
-
-
-def _read(key: str, value: str) -> _Text:
+def _read(key: str, value: str) -> PemText:
     if _BEGIN in value:
-        return _Text(value, f"{key} (inline)")
+        return PemText(value, f"{key} (inline)")
     source = f"{key} {value}"
     if not value.strip():
         raise ConfigError(f"{key}: is empty: give a path or the PEM text itself; {_HINTS[key]}")
@@ -104,7 +126,7 @@ def _read(key: str, value: str) -> _Text:
         text = raw.decode("utf-8")
     except UnicodeDecodeError:
         raise CertError(f"{source}: not PEM: the file holds binary data; {_HINTS[key]}") from None
-    return _Text(text, source, readable_by_all=bool(status.st_mode & stat.S_IROTH))
+    return PemText(text, source, readable_by_all=bool(status.st_mode & stat.S_IROTH))
 
 
 def _permission_hint(error: OSError) -> str:

@@ -1,6 +1,6 @@
 """What a reload may change in a running gateway, and what has to wait for a restart.
 
-Data flow: new Config, running Config -> [workers.reload] -> workers.control
+Data flow: new Config, running Config -> [workers.reload] -> workers.reloading
 Source: the reload column of Nebula's configuration keys.
 """
 
@@ -10,10 +10,10 @@ from typing import Any
 from nebula_mp.config.model import Config
 
 _RESTART_ONLY: dict[str, tuple[str, ...]] = {
-    "": ("cipher", "handshakes"),
+    "": ("cipher", "handshakes", "routines"),
     "listen": ("host", "port"),
     "tun": ("dev", "tx_queue", "drop_local_broadcast", "drop_multicast"),
-    "mp": ("run_dir",),
+    "mp": ("run_dir", "workers", "drain", "user"),
 }
 
 

@@ -1,6 +1,6 @@
 """Names in `static_host_map`, looked up again and again; literals need no looking up.
 
-Data flow: Config.static_host_map -> [workers.resolver] <-> getaddrinfo -> Controller.handle_resolved
+Data flow: Config.static_host_map -> [workers.resolver] <-> getaddrinfo -> workers.services -> workers.control
 A name that cannot be resolved keeps its last addresses: an outage of DNS must not cut tunnels off.
 Knows nothing of peers beyond their overlay addresses.
 Source: Nebula's `static_host_map` and `static_map` keys.

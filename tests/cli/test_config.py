@@ -88,10 +88,10 @@ def test_an_unknown_key_is_named_beside_problems_too(capsys: pytest.CaptureFixtu
 
 @pytest.mark.usefixtures("directory")
 def test_settings_without_effect_are_one_warning(capsys: pytest.CaptureFixture[str]) -> None:
-    assert validate(f"{PKI}punchy: {{punch: true}}\nroutines: 2\n", "--strict") == 0
+    assert validate(f"{PKI}punchy: {{punch: true}}\nlocal_range: x\n", "--strict") == 0
     assert capsys.readouterr().out == (
         "warning: known to Nebula but without effect here yet: punchy.punch (config.yml:2), "
-        "routines (config.yml:3)\n"
+        "local_range (config.yml:3)\n"
         "config.yml: the configuration and its certificates are good\n"
     )
 
@@ -122,23 +122,23 @@ def test_a_certificate_of_another_ca_is_a_warning(
 
 @pytest.mark.usefixtures("directory")
 def test_json_says_the_same_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert validate(f"{PKI}routines: 2\n", "--json") == 0
+    assert validate(f"{PKI}local_range: x\n", "--json") == 0
     good = json.loads(capsys.readouterr().out)
-    assert validate(f"{PKI}routines: 2\ntun: {{mtu: 1}}\n", "--json") == 1
+    assert validate(f"{PKI}local_range: x\ntun: {{mtu: 1}}\n", "--json") == 1
     bad = json.loads(capsys.readouterr().out)
 
     assert good == {
         "schema": 1,
         "valid": True,
         "problems": [],
-        "warnings": ["known to Nebula but without effect here yet: routines (config.yml:2)"],
+        "warnings": ["known to Nebula but without effect here yet: local_range (config.yml:2)"],
         "sources": ["config.yml"],
     }
     assert bad == {
         "schema": 1,
         "valid": False,
         "problems": ['config.yml:3:12: tun.mtu: found "1", expected a whole number 68..65475'],
-        "warnings": ["known to Nebula but without effect here yet: routines (config.yml:2)"],
+        "warnings": ["known to Nebula but without effect here yet: local_range (config.yml:2)"],
         "sources": [],
     }
 

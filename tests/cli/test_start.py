@@ -8,10 +8,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,13 +21,15 @@ from nebula_mp.cert.codec import encode_pem
 from nebula_mp.cert.keys import encode_private_key
 from nebula_mp.cli import main, start
 from nebula_mp.config.load import LoadedConfig, load_config
-from nebula_mp.config.model import ListenConfig
+from nebula_mp.config.model import DrainMode, ListenConfig
 from nebula_mp.errors import InstanceError, NebulaError, SystemCallError
 from nebula_mp.newtypes import CertVersion
-from nebula_mp.workers.control import prepare
+from nebula_mp.workers.checked import Check
+from nebula_mp.workers.host import Host
 from nebula_mp.workers.instance import Instance
 from tests.support.pki import ANY_TIME, Pki
 from tests.support.private_net import devices, private_network
+from tests.support.processes import eventually
 
 NAME = "nmptest0"
 
@@ -103,11 +106,96 @@ def test_without_a_configuration_it_is_a_usage_error(capsys: pytest.CaptureFixtu
     assert "-c FILE is required" in capsys.readouterr().err
 
 
-def test_the_run_directory_of_the_command_line_beats_the_one_of_the_file(config: Path) -> None:
-    load = start._loader(config, "/elsewhere")
+@pytest.mark.parametrize(
+    ("words", "changes"),
+    [
+        ([], {}),
+        (["--run-dir", "/elsewhere"], {"run_dir": "/elsewhere"}),
+        (["--workers", "2"], {"workers": 2}),
+        (["--workers", "64"], {"workers": 64}),
+        (["--workers", "auto"], {"workers": None}),
+        (["--drain", "reader"], {"drain": DrainMode.READER}),
+        (["--workers=3", "--drain=auto"], {"workers": 3, "drain": DrainMode.AUTO}),
+    ],
+)
+@pytest.mark.parametrize("command", [["start"], []])
+def test_an_option_beats_the_key_of_the_file(
+    command: list[str],
+    words: list[str],
+    changes: Mapping[str, Any],
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = config.read_text().replace("mp: {", "mp: {workers: 7, drain: writer, user: nebula, ")
+    config.write_text(text)
+    loads: list[Callable[[], LoadedConfig]] = []
 
-    assert load().config.mp.run_dir == "/elsewhere"
-    assert start._loader(config, None)().config.mp.run_dir == f"{config.parent}/run"
+    def instead(load: Callable[[], LoadedConfig]) -> int:
+        loads.append(load)
+        return 0
+
+    monkeypatch.setattr(start, "_serve", instead)
+    if words and not command:
+        with pytest.raises(SystemExit):  # these are no flags of the original
+            main(["-config", str(config), *words])
+        return
+
+    assert main([*command, "-config", str(config), *words]) == 0
+
+    in_file = load_config(config).config.mp
+    assert (in_file.workers, in_file.drain, in_file.user) == (7, DrainMode.WRITER, "nebula")
+    assert [load().config.mp for load in loads] == [replace(in_file, **changes)]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--workers", "0"], "'0' is neither auto nor a number from 1 to 64"),
+        (["--workers", "65"], "'65' is neither auto nor a number from 1 to 64"),
+        (["--workers", "many"], "'many' is neither auto nor a number from 1 to 64"),
+        (["--workers", "-1"], "--workers"),
+        (["--drain", "both"], "invalid choice: 'both'"),
+    ],
+)
+def test_an_option_with_a_wrong_value_is_a_usage_error(
+    words: list[str], said: str, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["start", "-c", str(config), *words])
+
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_process_that_forks_all_others_has_one_thread_when_everything_is_imported() -> None:
+    script = (
+        "import importlib, os\nfrom nebula_mp.cli import start\n"
+        "for name in start._PARTS: importlib.import_module(name)\n"
+        "print(len(os.listdir('/proc/self/task')))"
+    )
+
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
+
+    assert ended.stdout == "1\n"
+
+
+def test_a_refusal_is_not_kept_waiting_for_what_a_gateway_would_need(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text("cipher: des\n")
+    refused = Check.refused
+
+    def wait_for_it(check: Check) -> bool:
+        assert eventually(lambda: refused(check))
+        return True
+
+    monkeypatch.setattr(Check, "refused", wait_for_it)
+    monkeypatch.setattr(start, "_PARTS", ("nebula_mp.not_there",))
+
+    assert main(["start", "-c", str(config)]) == 1
+    assert "cipher: found" in capsys.readouterr().err
 
 
 CLOSED = """
@@ -137,6 +225,14 @@ def network() -> Iterator[None]:
         yield
 
 
+def prepare(loaded: LoadedConfig, undo: ExitStack) -> Host:
+    """Check a configuration, and open what belongs to it."""
+    checked = Check.begin(lambda: loaded).finish()
+    undo.callback(os.close, checked.key)
+    host, _ = Host.open(checked, undo)
+    return host
+
+
 def try_prepare(loaded: LoadedConfig) -> NebulaError:
     """Prepare a gateway that cannot start; the error, after everything was undone."""
     with pytest.raises(NebulaError) as caught, ExitStack() as undo:
@@ -150,9 +246,9 @@ def test_a_prepared_gateway_has_device_addresses_socket_and_lock_and_undoing_tak
     config: Path,
 ) -> None:
     with ExitStack() as undo:
-        parts = prepare(load_config(config), undo)
+        host = prepare(load_config(config), undo)
         while_open = devices()
-        port = parts.udp.local.port
+        port = host.udp.port
         files = sorted(path.name for path in (config.parent / "run").iterdir())
 
     assert NAME in while_open
@@ -212,8 +308,8 @@ def test_with_neither_device_nor_port_named_the_instance_is_called_like_the_devi
     )
 
     with ExitStack() as undo:
-        parts = prepare(replace(loaded, config=free), undo)
-        named = (parts.tun.name, parts.instance.name)
+        host = prepare(replace(loaded, config=free), undo)
+        named = (host.device, host.instance.name)
 
     assert named == ("tun0", "tun0")
 
@@ -280,7 +376,8 @@ def test_a_gateway_is_seen_reloaded_and_stopped_by_its_commands(
 
     assert shown.returncode == 0
     assert re.match(
-        rf"{NAME}  up \d+s  10\.42\.0\.1/24 fd00:42::1/64  cert host expires in \S+ \S+  kernel python\n"
+        rf"{NAME}  up \d+s  10\.42\.0\.1/24 fd00:42::1/64  cert host expires in \S+ \S+  kernel python"
+        r"  workers (\d+)/\1\n"
         r"no tunnels: ",
         shown.stdout,
     )
@@ -294,6 +391,22 @@ def test_a_gateway_is_seen_reloaded_and_stopped_by_its_commands(
     assert again.returncode == 3
     assert "nebula-mp start" in again.stderr
     assert devices() == {"lo"}
+
+
+@pytest.mark.e2e
+def test_the_processes_of_a_gateway_are_listed(gateway: "subprocess.Popen[str]", config: Path) -> None:
+    shown = command("workers", "-c", str(config))
+    as_json = command("workers", "-c", str(config), "--json")
+
+    heading, *lines = (line.split() for line in shown.stdout.splitlines())
+    assert (shown.returncode, as_json.returncode) == (0, 0)
+    assert heading == ["ROLE", "PID", "CORE", "CPU", "RING", "IN", "OUT", "RESTARTS", "STATE"]
+    assert {"control", "services", "reader/0", "writer/0"} <= {line[0] for line in lines}
+    assert all(line[-1] == "running" for line in lines)
+    assert all(0 <= int(line[3].removesuffix("%")) <= 200 for line in lines)
+    processes = json.loads(as_json.stdout)["processes"]
+    children = Path(f"/proc/{gateway.pid}/task/{gateway.pid}/children").read_text().split()
+    assert {str(process["pid"]) for process in processes} == set(children)
 
 
 @pytest.mark.e2e
@@ -318,7 +431,8 @@ def test_asked_to_stop_before_it_is_up_it_ends_with_0(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def slow(_: Path) -> LoadedConfig:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(600)
         raise AssertionError("the signal was to come first")
 
     monkeypatch.setattr(start, "load_config", slow)
@@ -346,17 +460,28 @@ def test_a_second_start_names_the_first_and_leaves_it_alone(
     assert command("status", "-c", str(config)).returncode == 0
 
 
+def is_free(port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind(("0.0.0.0", port))
+        except OSError:
+            return False
+        return True
+
+
 @pytest.mark.e2e
 def test_after_a_kill_the_next_start_takes_over(gateway: "subprocess.Popen[str]", config: Path) -> None:
     gateway.kill()
     gateway.wait(10)
     left = sorted(path.name for path in (config.parent / "run").iterdir())
+    children_are_gone = eventually(lambda: NAME not in devices() and is_free(4242))
 
     with ExitStack() as undo:
         prepare(load_config(config), undo)
         found = devices()
 
     assert left == [f"{NAME}.lock", f"{NAME}.sock"]
+    assert children_are_gone
     assert NAME in found
 
 
@@ -364,4 +489,4 @@ def test_after_a_kill_the_next_start_takes_over(gateway: "subprocess.Popen[str]"
 def test_the_process_can_be_told_apart_in_ps(gateway: "subprocess.Popen[str]") -> None:
     title = Path(f"/proc/{gateway.pid}/cmdline").read_bytes()
 
-    assert title.rstrip(b"\0").decode() == f"nebula-mp: control {NAME}"
+    assert title.rstrip(b"\0").decode() == f"nebula-mp: supervisor {NAME}"

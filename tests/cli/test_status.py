@@ -41,6 +41,12 @@ def test_one_screen_shows_the_gateway_and_each_peers_tunnel_in_use() -> None:
     )
 
 
+def test_the_workers_that_run_are_counted_against_those_there_should_be() -> None:
+    head = render(state(workers={"running": 3, "configured": 4})).splitlines()[0]
+
+    assert head.endswith("kernel python  workers 3/4")
+
+
 def test_without_tunnels_it_says_how_one_is_made() -> None:
     assert render(state(hosts=[])).splitlines()[1] == "no tunnels: the first packet for a host makes one"
 
@@ -128,7 +134,7 @@ def test_a_configuration_selects_by_its_run_directory_and_device(listening: Any,
         assert by_port.name == "4242"
 
 
-@pytest.mark.parametrize("command", ["stop", "reload", "status"])
+@pytest.mark.parametrize("command", ["stop", "reload", "status", "workers"])
 def test_nothing_running_is_exit_code_3_with_the_next_command(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -305,6 +305,46 @@ CASES = [
         id="run_dir: relative",
     ),
     pytest.param(
+        PKI + "mp: {workers: 0}\n",
+        ['2:15: mp.workers: found "0", expected auto or a whole number 1..64'],
+        id="workers: none",
+    ),
+    pytest.param(
+        PKI + "mp: {workers: 65}\n",
+        ['2:15: mp.workers: found "65", expected auto or a whole number 1..64'],
+        id="workers: too many",
+    ),
+    pytest.param(
+        PKI + "mp: {workers: Auto}\n",
+        ['2:15: mp.workers: found "Auto", expected auto or a whole number 1..64; did you mean auto?'],
+        id="workers: capital letter",
+    ),
+    pytest.param(
+        PKI + "mp: {workers: [4]}\n",
+        ["2:15: mp.workers: found a list, expected auto or a whole number 1..64"],
+        id="workers: a list",
+    ),
+    pytest.param(
+        PKI + "mp: {drain: write}\n",
+        ['2:13: mp.drain: found "write", expected one of auto, writer, reader; did you mean writer?'],
+        id="drain: misspelt",
+    ),
+    pytest.param(
+        PKI + "mp: {user: two words}\n",
+        ['2:12: mp.user: found "two words", expected the name of a user'],
+        id="user: two words",
+    ),
+    pytest.param(
+        PKI + 'mp: {user: ""}\n',
+        ['2:12: mp.user: found "", expected the name of a user'],
+        id="user: empty",
+    ),
+    pytest.param(
+        PKI + "routines: -1\n",
+        ['2:11: routines: found "-1", expected a whole number 0..2147483647'],
+        id="routines: negative",
+    ),
+    pytest.param(
         PKI + "static_host_map: [10.42.0.2]\n",
         ['2:18: static_host_map: found a list, expected a map such as "10.42.0.1": ["192.0.2.1:4242"]'],
         id="hosts: a list",

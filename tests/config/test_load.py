@@ -12,10 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
+from nebula_mp import shm_table
 from nebula_mp.config.keys import IGNORED, LATER, RULE_FIELDS, SWITCHES
 from nebula_mp.config.load import READERS, REFUSALS, LoadedConfig, load_config
 from nebula_mp.config.model import (
+    WORKERS_MAX,
     Config,
+    DrainMode,
     FirewallRule,
     HostPort,
     LogLevel,
@@ -148,6 +151,17 @@ H1 = HostPort(host="192.0.2.1", port=4242)
         ("logging: {level: panic}", "logging.level", LogLevel.ERROR),
         ("logging: {format: JSON}", "logging.format", "json"),
         ("mp: {run_dir: /tmp/x}", "mp.run_dir", "/tmp/x"),
+        ("mp: {workers: 4}", "mp.workers", 4),
+        ('mp: {workers: "64"}', "mp.workers", 64),
+        ("mp: {workers: auto}", "mp.workers", None),
+        ("mp: {drain: auto}", "mp.drain", DrainMode.AUTO),
+        ("mp: {drain: writer}", "mp.drain", DrainMode.WRITER),
+        ("mp: {drain: reader}", "mp.drain", DrainMode.READER),
+        ("mp: {user: nebula}", "mp.user", "nebula"),
+        ("mp: {user: _nebula-mp.1$}", "mp.user", "_nebula-mp.1$"),
+        ("routines: 1", "routines", 1),
+        ("routines: 64", "routines", 64),
+        ("routines: 0", "routines", None),
         (
             'static_host_map: {10.42.0.2: ["192.0.2.1:4242", "[2001:db8:0::1]:1", "[::ffff:192.0.2.9]:2"]}',
             "static_host_map",
@@ -267,7 +281,7 @@ def test_a_remark_in_a_rule_is_a_warning(directory: Path) -> None:
         ("lighthouse: {am_lighthose: true}", '2:14: lighthouse.am_lighthose: unknown key; did you mean "am_lighthouse"?'),
         ("firewall: {conntrack: {tcp: 1m}}", '2:24: firewall.conntrack.tcp: unknown key; did you mean "tcp_timeout"?'),
         ("zzz: 1", "2:1: zzz: unknown key"),
-        ("mp: {workers: 4}", "2:6: mp.workers: unknown key"),
+        ("mp: {worker: 4}", '2:6: mp.worker: unknown key; did you mean "workers"?'),
         ("'a b\\': 1", '2:1: "a b\\\\": unknown key'),
         (f"? {'Qa' * 15}\n: 1", "2:3: <not shown, it may be a key>: unknown key"),
     ],
@@ -288,7 +302,7 @@ def test_settings_we_do_not_obey_are_named_in_one_warning_with_their_lines(direc
     text = (
         "lighthouse:\n  am_lighthouse: true\n  hosts: [10.42.0.1]\n  interval: 60\n"
         "punchy: {punch: true}\nrelay: {am_relay: yes}\nstats:\n  type: prometheus\n  listen: x\n"
-        "tun: {unsafe_routes: [{}], routes: []}\nroutines: 4\nlisten: {batch: 128}\n"
+        "tun: {unsafe_routes: [{}], routes: []}\nlisten: {batch: 128, routines: 2}\n"
     )
 
     loaded = load(directory, PKI + text)
@@ -298,7 +312,7 @@ def test_settings_we_do_not_obey_are_named_in_one_warning_with_their_lines(direc
         "known to Nebula but without effect here yet: "
         f"lighthouse.am_lighthouse ({file}:3), lighthouse.hosts ({file}:4), lighthouse.interval ({file}:5), "
         f"punchy.punch ({file}:6), relay.am_relay ({file}:7), stats.type ({file}:9), stats.listen ({file}:10), "
-        f"tun.unsafe_routes ({file}:11), routines ({file}:12), listen.batch ({file}:13)"
+        f"tun.unsafe_routes ({file}:11), listen.batch ({file}:12), listen.routines ({file}:12)"
     )
     assert loaded.config == DEFAULT
 
@@ -316,7 +330,6 @@ def test_settings_we_do_not_obey_are_named_in_one_warning_with_their_lines(direc
         "punchy: {punch: False, respond: n, delay: 1000ms, respond_delay: 5s}",
         "punchy: false",
         "punch_back: no",
-        "routines: 1",
         "tun: {routines: 1, use_offloads: false, pin_threads: true, unsafe_routes: , routes: [], disabled: no}",
         "listen: {batch: 64, udp_offloads: true, routines: 0, windows_bypass_wdf: false}",
         "preferred_ranges: []",
@@ -331,6 +344,21 @@ def test_settings_that_would_change_nothing_are_passed_over_in_silence(directory
 
     assert loaded.config == DEFAULT
     assert loaded.warnings == ()
+
+
+def test_more_routines_than_there_can_be_workers_are_a_warning_since_the_file_is_good_elsewhere(
+    directory: Path,
+) -> None:
+    loaded = load(directory, f"{PKI}routines: 128\n", strict=True)
+
+    assert loaded.config.routines == WORKERS_MAX
+    assert loaded.warnings == (
+        f"{directory}/c.yml:2:11: routines: found 128, but there are 64 workers at most",
+    )
+
+
+def test_the_most_workers_a_configuration_may_ask_for_are_those_the_tables_have_room_for() -> None:
+    assert WORKERS_MAX == shm_table.WORKERS_MAX
 
 
 @pytest.mark.parametrize("key", sorted(LATER))

@@ -14,6 +14,7 @@ from nebula_mp.newtypes import Counter, Instant, IPAddress, Seconds, TunnelIndex
 from nebula_mp.wire.header import Header, MessageType
 from tests.support import packets
 from tests.support.pki import ANY_TIME, Pki
+from tests.support.plane import LocalPlane
 
 ANY = FirewallConfig(inbound=(FirewallRule(),), outbound=(FirewallRule(),))
 CONFIG = Config(pki=PkiConfig(ca="", cert="", key=""), firewall=ANY)
@@ -28,6 +29,7 @@ class Node:
     address: IPAddress
     at: UdpAddr
     identity: Identity
+    plane: LocalPlane
     delivered: list[bytes] = field(default_factory=list)
     logs: list[LogEvent] = field(default_factory=list)
 
@@ -59,14 +61,15 @@ class Wire:
     def join(self, number: int, *, config: Config = CONFIG, identity: Identity | None = None) -> Node:
         """Start (or restart, with empty memory) the node of this number."""
         identity = identity or self.pki.identity(f"host-{number}", f"10.42.0.{number}/16")
-        controller = Controller(
-            config, identity, self.pki.pool(), Random(number + len(self.nodes) * 100).randbytes, self.now
-        )
+        plane = LocalPlane(lambda: self.now.mono)
+        entropy = Random(number + len(self.nodes) * 100).randbytes
+        controller = Controller(config, identity, self.pki.pool(), entropy, plane=plane, now=self.now)
         node = Node(
             controller,
             ip_address(f"10.42.0.{number}"),
             UdpAddr(ip_address(f"192.0.2.{number}"), 4242),
             identity,
+            plane,
         )
         if number <= len(self.nodes):
             self.nodes[number - 1] = node
@@ -98,7 +101,7 @@ class Wire:
 
     def inject(self, node: Node, data: bytes, source: UdpAddr) -> None:
         """Let a datagram arrive that no node sent."""
-        self.perform(node, node.controller.handle_datagram(data, source, self.now))
+        self.perform(node, node.plane.receive(node.controller, data, source, self.now))
 
     def deliver_one(self) -> Datagram:
         """Deliver the oldest datagram."""

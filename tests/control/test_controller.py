@@ -237,8 +237,7 @@ def test_a_test_request_is_answered_with_its_payload() -> None:
     wire.connect(a, b)
     tunnel = a.controller._core.hostmap.primary(b.address)
     assert tunnel is not None
-    request = tunnel.try_seal(MessageType.TEST, 0, b"0123456789")
-    assert request is not None
+    request = a.plane.seal(tunnel, MessageType.TEST, 0, b"0123456789")
 
     wire.inject(b, request, a.at)
     reply = wire.queue.pop()
@@ -308,8 +307,7 @@ def test_a_peer_may_not_use_an_address_outside_its_certificate() -> None:
     wire.connect(a, b)
     tunnel = b.controller._core.hostmap.primary(a.address)
     assert tunnel is not None
-    forged = tunnel.try_seal(MessageType.MESSAGE, 0, udp(ip_address("10.42.0.99"), a.address))
-    assert forged is not None
+    forged = b.plane.seal(tunnel, MessageType.MESSAGE, 0, udp(ip_address("10.42.0.99"), a.address))
     before = len(a.delivered)
 
     wire.inject(a, forged, b.at)

@@ -3,6 +3,7 @@
 from ipaddress import ip_address
 from random import Random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,10 +11,10 @@ from nebula_mp.control.hostmap import CANDIDATES, CANDIDATES_PER_HOST, HostMap, 
 from nebula_mp.control.liveness import Traffic
 from nebula_mp.crypto.aead import Aead
 from nebula_mp.firewall.rules import PeerNetworks
-from nebula_mp.handshake.machine import Completed
-from nebula_mp.newtypes import Cipher, Counter, Seconds, TunnelIndex, UdpAddr
-from nebula_mp.wire.header import Header, MessageType
+from nebula_mp.handshake.machine import Completed, SessionKeys
+from nebula_mp.newtypes import Cipher, Seconds, TunnelIndex, UdpAddr
 from tests.support.pki import ANY_TIME, Pki
+from tests.support.plane import LocalPlane
 
 PEERS = [
     Pki.shared()
@@ -41,6 +42,7 @@ def make(
         is_initiator=not stage1,
         send=Aead(Cipher.AES, bytes(32)),
         receive=Aead(Cipher.AES, bytes(32)),
+        keys=SessionKeys(bytearray(32), bytearray(32)),
         stage1=stage1,
         stage2=b"",
     )
@@ -54,7 +56,7 @@ def make(
 
 
 def hostmap() -> HostMap:
-    return HostMap(Random(1).randbytes)
+    return HostMap(Random(1).randbytes, LocalPlane(lambda: Seconds(0)))
 
 
 @given(st.lists(st.booleans(), max_size=200))
@@ -169,12 +171,67 @@ def test_all_candidates_together_are_limited_too() -> None:
     assert len(hosts.candidates()) == CANDIDATES
 
 
-def test_sealing_takes_the_next_counter_first_and_stops_at_the_limit() -> None:
-    tunnel = make(hostmap())
+def test_the_data_path_is_told_of_every_tunnel_and_of_the_one_to_send_through() -> None:
+    hosts = hostmap()
+    plane = hosts._plane
+    assert isinstance(plane, LocalPlane)
+    first, second = make(hosts), make(hosts)
+    peer = first.addresses[0]
 
-    first, second = (tunnel.try_seal(MessageType.TEST, 0, b"") for _ in range(2))
-    tunnel.counter = Counter(2**64 - 1 - 2**40 - 2)
-    last, none = (tunnel.try_seal(MessageType.TEST, 0, b"") for _ in range(2))
+    hosts.add(first)
+    hosts.add(second)
+    both = dict(plane.routes), set(plane.tunnels)
+    hosts.remove(second)
+    one = dict(plane.routes), set(plane.tunnels)
+    hosts.remove(first)
 
-    assert [Header.parse(data).counter for data in (first, second, last) if data] == [3, 4, 2**64 - 2 - 2**40]
-    assert none is None
+    assert both == ({peer: second.local_index}, {first.local_index, second.local_index})
+    assert one == ({peer: first.local_index}, {first.local_index})
+    assert (plane.routes, plane.tunnels) == ({}, {})
+
+
+def test_a_candidate_is_open_but_nothing_is_sent_through_it() -> None:
+    hosts = hostmap()
+    plane = hosts._plane
+    assert isinstance(plane, LocalPlane)
+    candidate = make(hosts, proven=False, stage1=b"one")
+
+    hosts.add_candidate(candidate)
+    before = dict(plane.routes), set(plane.tunnels)
+    hosts.prove(candidate)
+
+    assert before == ({}, {candidate.local_index})
+    assert plane.routes == {candidate.addresses[0]: candidate.local_index}
+
+
+def test_an_adopted_tunnel_is_not_opened_again_and_keeps_its_index() -> None:
+    old = hostmap()
+    tunnel = make(old)
+    old.add(tunnel)
+    hosts = HostMap(Random(2).randbytes, old._plane)
+
+    hosts.adopt(tunnel)
+    others = [hosts.indexes.try_allocate() for _ in range(5)]
+
+    assert hosts.primary(tunnel.addresses[0]) is hosts.by_index(tunnel.local_index) is tunnel
+    assert [index & 0xFFFF for index in others if index] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("shares", [1, 2, 3, 4, 7])
+def test_an_index_falls_into_the_share_it_is_asked_for_while_that_has_rows(shares: int) -> None:
+    allocator = IndexAllocator(Random(5).randbytes, rows=64, shares=shares)
+    wanted = [number % shares for number in range(64 // shares * shares // 2)]
+
+    indexes = [allocator.try_allocate(share) for share in wanted]
+
+    assert [index % shares for index in indexes if index is not None] == wanted
+    assert len({index & 0xFFFF for index in indexes if index is not None}) == len(wanted)
+
+
+def test_another_share_lends_a_row_when_the_one_wanted_has_none_left() -> None:
+    allocator = IndexAllocator(Random(5).randbytes, rows=8, shares=4)
+
+    indexes = [allocator.try_allocate(1) for _ in range(9)]
+
+    assert sorted(index & 0xFFFF for index in indexes[:8] if index is not None) == list(range(8))
+    assert indexes[8] is None

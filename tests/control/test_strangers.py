@@ -51,7 +51,7 @@ def test_no_copied_forged_or_random_datagram_changes_the_state() -> None:
     ]
     for source in (b.at, STRANGER):
         for data in attempts:
-            a.controller.handle_datagram(data, source, wire.now)
+            a.plane.receive(a.controller, data, source, wire.now)
 
     assert state_of(a.controller) == before
     assert a.controller.hosts()[0].remote == b.at
@@ -65,7 +65,7 @@ def test_random_bytes_change_nothing(noise: bytes, kind: MessageType, counter: i
     before = state_of(a.controller)
 
     for data in (noise, Header(kind, 0, index, Counter(counter)).encode() + noise):
-        a.controller.handle_datagram(data, b.at, wire.now)
+        a.plane.receive(a.controller, data, b.at, wire.now)
 
     assert state_of(a.controller) == before
 
@@ -103,7 +103,7 @@ def test_ten_thousand_copied_replayed_and_random_stage_1_leave_a_live_tunnel_und
 
     for copied, random in zip(copies, noise, strict=True):
         for data in (copied, replayed, random):
-            a.controller.handle_datagram(data, STRANGER, wire.now)
+            a.plane.receive(a.controller, data, STRANGER, wire.now)
         largest = max(largest, len(a.controller._core.hostmap.candidates()))
 
     assert state_of(a.controller) == before
@@ -120,7 +120,7 @@ def test_a_copied_stage_1_from_the_right_address_does_not_move_traffic_either() 
     wire, a, b, _ = connected()
     [copied] = stage_1_copies(wire, b, 1)
 
-    actions = a.controller.handle_datagram(copied, b.at, wire.now)
+    actions = a.plane.receive(a.controller, copied, b.at, wire.now)
     packet = wire.send(a, b)
     [datagram] = wire.queue
 
@@ -135,10 +135,10 @@ def test_a_copied_stage_1_from_the_right_address_does_not_move_traffic_either() 
 def test_candidates_from_one_address_do_not_push_out_those_from_elsewhere() -> None:
     wire, a, b, _ = connected()
     honest, *others = stage_1_copies(wire, b, 40)
-    a.controller.handle_datagram(honest, b.at, wire.now)
+    a.plane.receive(a.controller, honest, b.at, wire.now)
 
     for data in others:
-        a.controller.handle_datagram(data, STRANGER, wire.now)
+        a.plane.receive(a.controller, data, STRANGER, wire.now)
 
     candidates = a.controller._core.hostmap.candidates()
     assert [candidate.remote for candidate in candidates] == [b.at] + 4 * [STRANGER]
@@ -167,7 +167,7 @@ def test_an_old_stage_1_is_not_answered_and_costs_one_test_a_second() -> None:
     wire.now = Instant(wire.now.mono, wire.now.wall_ns - 10**12)
     old = stage_1_copies(wire, b, 50)
 
-    sent = [action for data in old for action in a.controller.handle_datagram(data, STRANGER, wire.now)]
+    sent = [action for data in old for action in a.plane.receive(a.controller, data, STRANGER, wire.now)]
 
     datagrams = [action for action in sent if isinstance(action, SendDatagram)]
     assert [Header.parse(action.data).type for action in datagrams] == [MessageType.TEST]
@@ -291,7 +291,7 @@ def test_each_bad_datagram_counts_under_exactly_one_reason(
     a, _ = wire.nodes
     before = copy.copy(a.controller.stats)
 
-    a.controller.handle_datagram(data, source, wire.now)
+    a.plane.receive(a.controller, data, source, wire.now)
 
     a.controller.stats.subtract(before)
     changed = {name: count for name, count in a.controller.stats.items() if count}
@@ -304,7 +304,7 @@ def test_a_sealed_datagram_without_room_for_a_tag_is_truncated(cut: int) -> None
     wire, a, b, _ = connected()
     index = a.controller.hosts()[0].local_index
 
-    a.controller.handle_datagram(sealed(MessageType.MESSAGE, index)[: HEADER_BYTES + cut], b.at, wire.now)
+    a.plane.receive(a.controller, sealed(MessageType.MESSAGE, index)[: HEADER_BYTES + cut], b.at, wire.now)
 
     assert a.controller.stats["drop.truncated"] == 1
 
@@ -313,9 +313,9 @@ def test_replayed_and_forged_datagrams_are_told_apart() -> None:
     wire, a, b, seen = connected()
     last = [datagram.data for datagram in seen if datagram.to == a.at][-1]
 
-    a.controller.handle_datagram(last, b.at, wire.now)
-    a.controller.handle_datagram(
-        sealed(MessageType.MESSAGE, a.controller.hosts()[0].local_index, 999), b.at, wire.now
+    a.plane.receive(a.controller, last, b.at, wire.now)
+    a.plane.receive(
+        a.controller, sealed(MessageType.MESSAGE, a.controller.hosts()[0].local_index, 999), b.at, wire.now
     )
 
     assert a.controller.stats["drop.replay"] == 1
@@ -326,7 +326,7 @@ def test_an_exhausted_tunnel_sends_nothing_and_goes_at_its_next_check() -> None:
     wire, a, b, _ = connected()
     tunnel = a.controller._core.hostmap.primary(b.address)
     assert tunnel is not None
-    tunnel.counter = Counter(2**64 - 1 - 2**40)
+    a.plane.tunnels[tunnel.local_index].counter = Counter(2**64 - 1 - 2**40)
 
     wire.send(a, b)
     sent = len(wire.queue)
@@ -341,7 +341,7 @@ def test_a_tunnel_near_its_counter_threshold_is_replaced() -> None:
     wire, a, b, _ = connected()
     tunnel = a.controller._core.hostmap.primary(b.address)
     assert tunnel is not None
-    tunnel.counter = Counter(2**34)
+    a.plane.tunnels[tunnel.local_index].counter = Counter(2**34)
 
     for _ in range(8):
         wire.send(a, b)
@@ -361,7 +361,7 @@ def test_the_state_used_above_sees_every_field_that_matters() -> None:
 
     changes = 0
     for change in (
-        lambda: tunnel.window.update(5000),
+        lambda: a.plane.tunnels[tunnel.local_index].window.update(5000),
         lambda: setattr(tunnel, "remote", STRANGER),
         lambda: setattr(tunnel.traffic, "saw_in", not tunnel.traffic.saw_in),
         lambda: setattr(tunnel, "roamed_from", STRANGER),

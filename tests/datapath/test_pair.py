@@ -1,5 +1,6 @@
 """Two sites: what one seals the other one opens, and nothing is unaccounted for."""
 
+import gc
 import random
 from collections import Counter as Tally
 
@@ -9,6 +10,7 @@ from nebula_mp.newtypes import Cipher, Seconds
 from tests.datapath.conftest import MakeSite
 from tests.datapath.sites import FAR, FAR_V6, NEAR, NEAR_V6, Site, connect, drained
 from tests.support.packets import raw_packets
+from tests.support.processes import vm_flags
 
 
 def pair(make_site: MakeSite, cipher: Cipher = Cipher.AES, *, workers: int = 1) -> tuple[Site, Site]:
@@ -110,3 +112,17 @@ def meddle(far: Site, dice: random.Random) -> None:
                 pass
         for _ in range(dice.randrange(1, 4)):
             far.far.sendto(changed, far.udp[1].getsockname())
+
+
+def test_a_reader_keeps_the_keys_out_of_core_dumps_and_children(make_site: MakeSite) -> None:
+    site = make_site()
+
+    def protected() -> int:
+        gc.collect()
+        return sum({"dd", "dc"} <= flags for flags in vm_flags("tunnel keys"))
+
+    before = protected()
+    reader = site.reader()
+
+    assert protected() == before + 1
+    assert reader.sweep() == 0

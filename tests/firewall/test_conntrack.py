@@ -299,3 +299,66 @@ def test_the_table_agrees_with_a_dict(steps: list[tuple[str, int, int, float]], 
 
 def _keys(table: Conntrack) -> set[FlowKey]:
     return {*table._tcp, *table._udp, *table._other}
+
+
+# Flows whose packets pass elsewhere
+
+
+def test_a_flow_lives_on_packets_that_passed_elsewhere_and_ends_with_them() -> None:
+    seen = {flow(1): Seconds(T0 + 100)}
+    table = Conntrack(TIMEOUTS, last_seen=seen.get)
+    add(table, flow(1), T0)
+    add(table, flow(2), T0)
+
+    assert is_known(table, flow(1), T0 + 200)
+    assert not is_known(table, flow(2), T0 + 200)
+    seen[flow(1)] = Seconds(T0 + 300)
+    assert not is_known(table, flow(1), T0 + 480)
+
+
+def test_new_flows_do_not_push_out_one_that_only_looks_expired() -> None:
+    seen = {flow(1): Seconds(T0 + 150)}
+    table = Conntrack(TIMEOUTS, last_seen=seen.get)
+    add(table, flow(1), T0)
+    add(table, flow(2), T0)
+
+    for number in range(10, 20):
+        add(table, flow(number), T0 + 200)
+
+    assert len(table) == 11
+    assert is_known(table, flow(1), T0 + 200)
+
+
+def test_of_a_full_table_the_flow_that_is_idle_everywhere_makes_room() -> None:
+    seen = {flow(1): Seconds(T0 + 10), flow(2): Seconds(T0 + 5)}
+    table = Conntrack(TIMEOUTS, capacity=3, last_seen=seen.get)
+    for number in (1, 2, 3):
+        add(table, flow(number), T0 + number)
+
+    add(table, flow(4), T0 + 11)
+
+    assert [number for number in (1, 2, 3, 4) if is_known(table, flow(number), T0 + 11)] == [1, 2, 4]
+
+
+def test_changed_timeouts_keep_flows_that_live_elsewhere_and_bring_none_back() -> None:
+    seen = {flow(1): Seconds(T0 + 100)}
+    table = Conntrack(TIMEOUTS, last_seen=seen.get)
+    add(table, flow(1), T0)
+    add(table, flow(2), T0)
+
+    table.set_timeouts(ConntrackConfig(udp_timeout=Seconds(1000)), Seconds(T0 + 200))
+
+    assert is_known(table, flow(1), T0 + 200)
+    assert not is_known(table, flow(2), T0 + 200)
+
+
+def test_a_flow_that_was_displaced_keeps_the_time_of_its_latest_packet() -> None:
+    table = Conntrack(TIMEOUTS)
+    add(table, flow(1), T0)
+
+    table.touch(flow(1), Seconds(T0 + 100))
+    table.touch(flow(1), Seconds(T0 + 50))
+    table.touch(flow(9), Seconds(T0 + 50))
+
+    assert is_known(table, flow(1), T0 + 250)
+    assert not is_known(table, flow(9), T0 + 60)

@@ -24,6 +24,7 @@ from tests.sim.diagram import draw
 from tests.sim.network import CALM, Network, Weather
 from tests.support import packets
 from tests.support.pki import ANY_TIME, Pki
+from tests.support.plane import LocalPlane
 
 ANY = FirewallConfig(inbound=(FirewallRule(),), outbound=(FirewallRule(),))
 CONFIG = Config(pki=PkiConfig(ca="", cert="", key=""), firewall=ANY)
@@ -69,6 +70,7 @@ class Host:
     clock_ahead_s: float  # of its wall clock
     boot_s: float  # what its monotonic clock said when the run began
     controller: Controller | None = None
+    plane: LocalPlane | None = None
     online: bool = True
     starts: int = 0
     wake_at: float | None = None
@@ -143,8 +145,14 @@ class World:
         assert host.controller is None
         host.starts += 1
         entropy = Random(f"{self.seed} {host.number} {host.starts}").randbytes
+        host.plane = LocalPlane(lambda: self.instant(host).mono)
         host.controller = Controller(
-            self._config, identity(host.number), _pki().pool(), entropy, self.instant(host)
+            self._config,
+            identity(host.number),
+            _pki().pool(),
+            entropy,
+            plane=host.plane,
+            now=self.instant(host),
         )
         host.wake_at = None
         self.network.note(host.name, f"starts at {host.at}")
@@ -201,7 +209,8 @@ class World:
     # ---- the shell ----
 
     def _receive(self, host: Host, data: bytes, source: UdpAddr) -> None:
-        self._perform(host, _running(host).handle_datagram(data, source, self.instant(host)))
+        assert host.plane is not None
+        self._perform(host, host.plane.receive(_running(host), data, source, self.instant(host)))
 
     def _perform(self, host: Host, actions: Iterable[Action]) -> None:
         for action in actions:
@@ -385,7 +394,7 @@ def _table_problem(controller: Controller) -> str | None:
         return f"timers {set(timers._deadlines) ^ expected} belong to nothing, or are missing"
     if len(timers._heap) > 65 + 4 * len(expected):
         return f"{len(timers._heap)} heap entries for {len(expected)} timers"
-    indexes = hostmap.indexes._next_row - len(hostmap.indexes._free)
+    indexes = len(hostmap.indexes)
     if indexes != len(hostmap) + len(handshakes._open_by_index):
         return f"{indexes} indexes are in use, of {len(hostmap)} tunnels and {len(handshakes)} handshakes"
     if any(len(tunnels) > TUNNELS_PER_ADDRESS for tunnels in hostmap._by_address.values()):

@@ -7,6 +7,7 @@ Source: examples/config.yml of slackhq/nebula, docs of `nebula-mp start`.
 
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import time
@@ -18,7 +19,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from nebula_mp.cli.client import Client
+from nebula_mp.errors import InstanceError, SystemCallError
 from nebula_mp.newtypes import IPAddress, UdpAddr
+from nebula_mp.workers.instance import socket_path
 from tests.support.netns import Site, Wire, wait_until
 from tests.support.peers import OURS, STAND_IN, CertTool, binary, our_command
 
@@ -27,6 +31,7 @@ DEVICE = "nebula1"
 MTU_BYTES = 1300
 START_WITHIN_S = 10.0
 ANY = ({"port": "any", "proto": "any", "host": "any"},)
+_FIELD = re.compile(r'(\w+)=(?:"((?:[^"\\]|\\.)*)"|(\S*))')
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,44 @@ class Host:
         return tuple(dict.fromkeys(ip_interface(text).version for text in self.networks))
 
 
+def workers_of_this_run() -> int | None:
+    """How many workers our program has where a test does not say; None: as many as it wants."""
+    text = os.environ.get("NEBULA_MP_TEST_WORKERS", "")
+    return int(text) if text else None
+
+
+def drain_of_this_run() -> str | None:
+    """Who drains the rings where a test does not say; None: our program's own choice."""
+    return os.environ.get("NEBULA_MP_TEST_DRAIN") or None
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process of our program, as `nebula-mp workers --json` shows it."""
+
+    role: str
+    worker: int | None
+    pid: int | None  # None, as some others, while there is no process
+    core: int | None
+    cpu_s: float | None
+    state: str
+    restarts: int
+    uptime_s: int | None
+    packets_in: int
+    packets_out: int
+    ring_fill: int | None
+
+    @property
+    def name(self) -> str:
+        """As the log names it: `reader/0`, `control`."""
+        return f"{self.role}/{self.worker}" if self.role in {"reader", "writer"} else self.role
+
+    @classmethod
+    def parse(cls, row: Mapping[str, Any]) -> "Process":
+        """Take the fields that are known here; a missing one fails the test."""
+        return cls(**{field.name: row[field.name] for field in dataclasses.fields(cls)})
+
+
 class Ended(NamedTuple):
     """How a process ended: its exit code (negative: the signal), and how long that took."""
 
@@ -63,7 +106,8 @@ class Node:
     """One gateway. `start` may be called again after `stop`, `kill` or `wait_for_end`.
 
     `static` maps overlay addresses to underlay addresses: whoever has an entry can start a handshake.
-    `names` are what /etc/hosts holds for this process.
+    `names` are what /etc/hosts holds for this process. `workers` and `drain` go into the file, `flags` onto
+    the command line; all three are for our own program only.
     """
 
     program: str
@@ -76,6 +120,9 @@ class Node:
     inbound: Sequence[Mapping[str, Any]] = ANY
     extra: Mapping[str, Any] = field(default_factory=dict)
     names: Mapping[str, IPAddress] = field(default_factory=dict)
+    workers: int | None = field(default_factory=workers_of_this_run)
+    drain: str | None = field(default_factory=drain_of_this_run)
+    flags: Sequence[str] = ()
     process: "subprocess.Popen[bytes] | None" = None
 
     def __post_init__(self) -> None:
@@ -95,6 +142,11 @@ class Node:
     def config_path(self) -> Path:
         """Where `start` writes the configuration."""
         return self.home / "config.yml"
+
+    @property
+    def run_dir(self) -> Path:
+        """Where our program makes its control socket."""
+        return self.home / "run"
 
     @property
     def log_path(self) -> Path:
@@ -130,7 +182,9 @@ class Node:
             "logging": {"level": "debug"},
         }
         if self.is_ours:
-            config["mp"] = {"run_dir": str(self.home / "run")}
+            config["mp"] = {"run_dir": str(self.run_dir)}
+            config["mp"] |= {} if self.workers is None else {"workers": self.workers}
+            config["mp"] |= {} if self.drain is None else {"drain": self.drain}
         for key, value in self.extra.items():
             config[key] = {**config[key], **value} if isinstance(config.get(key), dict) else value
         return config
@@ -138,13 +192,19 @@ class Node:
     def command(self) -> list[str]:
         """The argv of the program with this configuration, without the namespace."""
         if self.effective == OURS:
-            return our_command("start", "-c", str(self.config_path))
+            # What a ring area held is overwritten when it is released: nothing may still be sent from there.
+            poison = ["env", "NEBULA_MP_POISON=1"]
+            return [*poison, *our_command("start", "-c", str(self.config_path), *self.flags)]
         return [str(binary(self.effective)), "-config", str(self.config_path)]
+
+    def write_config(self) -> None:
+        """Write the configuration anew; a running program takes it at a reload."""
+        self.config_path.write_text(yaml.safe_dump(self.config()))
 
     def launch(self) -> None:
         """Start the process and return at once."""
         assert self.process is None or self.process.poll() is not None, "still running"
-        self.config_path.write_text(yaml.safe_dump(self.config()))
+        self.write_config()
         # The death signal outlives exec: not even a killed test run leaves a gateway behind.
         argv = ["setpriv", "--pdeathsig", "KILL", *self.command()]
         if self.names:
@@ -210,6 +270,47 @@ class Node:
         """SIGKILL, and wait."""
         self.send_signal(signal.SIGKILL)
         return self.wait_for_end(within_s=5.0)
+
+    def call(self, command: str, *, within_s: float = 15.0) -> dict[str, Any]:
+        """Ask our program over its control socket; patient while the process that answers is being replaced."""
+        deadline = time.monotonic() + within_s
+        while True:
+            try:
+                with Client(socket_path(str(self.run_dir), DEVICE), timeout_s=2) as client:
+                    return client.call(command)
+            except (InstanceError, SystemCallError) as error:
+                if time.monotonic() > deadline:
+                    raise AssertionError(f"{self.label}: no answer to {command!r}: {error}") from error
+                time.sleep(0.02)
+
+    def processes(self) -> dict[str, Process]:
+        """The processes of our program by name, as `nebula-mp workers` knows them."""
+        rows = [Process.parse(row) for row in self.call("workers")["processes"]]
+        return {row.name: row for row in rows}
+
+    def stats(self) -> dict[str, int]:
+        """The counters of `nebula-mp status --json`."""
+        stats: dict[str, int] = self.call("status")["stats"]
+        return stats
+
+    def replaced(self, old: Process, *, within_s: float = 20.0) -> Process:
+        """Wait until another process does that one's work, and give it."""
+
+        def successor() -> Process | None:
+            new = self.processes()[old.name]
+            return None if new.pid in {old.pid, None} else new
+
+        return wait_until(successor, f"{self.label}: a successor of {old.name}", within_s=within_s)
+
+    def log_lines(self, message: str) -> list[dict[str, str]]:
+        """The fields of every whole log line with that `msg`."""
+        found = (
+            {key: quoted or plain for key, quoted, plain in _FIELD.findall(line)} for line in self._lines()
+        )
+        return [fields for fields in found if fields.get("msg") == message]
+
+    def _lines(self) -> list[str]:
+        return self.log.split("\n")[:-1]
 
     @property
     def label(self) -> str:

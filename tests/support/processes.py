@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 _PR_SET_PDEATHSIG = 1
@@ -91,3 +92,12 @@ def eventually(condition: Callable[[], bool], limit_s: float = 10) -> bool:
             return False
         time.sleep(0.001)
     return True
+
+
+def vm_flags(name: str) -> list[set[str]]:
+    """Flags of this process's mappings of a region, as smaps has them."""
+    parts = Path("/proc/self/smaps").read_text().split(f"nebula-mp:{name} (deleted)")[1:]
+    return [
+        set(next(line for line in part.splitlines() if line.startswith("VmFlags:")).split()[1:])
+        for part in parts
+    ]

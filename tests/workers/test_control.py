@@ -1,634 +1,1059 @@
-"""The running gateway: two of them on loopback, each with a socket pair for a TUN device.
-
-Everything is real except the device: uvloop, sockets, control socket, signals, controller.
-"""
+"""The control process, with the test in the places of supervisor, services, readers and a peer."""
 
 import asyncio
-import json
+import contextlib
+import gc
 import os
-import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from ipaddress import ip_address
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 
-from nebula_mp import clock, netlink
-from nebula_mp.cert.codec import encode_pem
+import nebula_mp
+from nebula_mp import clock
+from nebula_mp.cert.identity import Identity
 from nebula_mp.cert.keys import encode_private_key
-from nebula_mp.cli.client import Client
-from nebula_mp.config.load import LoadedConfig
-from nebula_mp.config.model import (
-    Config,
-    FirewallConfig,
-    FirewallRule,
-    HostPort,
-    ListenConfig,
-    LoggingConfig,
-    LogLevel,
-    MpConfig,
-    PkiConfig,
-    TunConfig,
-)
-from nebula_mp.control.actions import SendDatagram, WriteTun
-from nebula_mp.control.controller import Controller
-from nebula_mp.errors import ConfigError, InstanceError, SystemCallError
-from nebula_mp.ioctl_tun import TunDevice, TunLostError
-from nebula_mp.newtypes import CertVersion, Instant, UdpAddr
+from nebula_mp.config.model import FirewallConfig, FirewallRule, HandshakesConfig, HostPort, TimersConfig
+from nebula_mp.datapath.api import UpcallReason, encode_plain_record
+from nebula_mp.errors import SystemCallError
+from nebula_mp.ioctl_tun import TunDevice, WriteFault
+from nebula_mp.newtypes import CertVersion, Counter, Curve, Instant, Seconds, TunnelIndex, UdpAddr
+from nebula_mp.shm import LockFile
+from nebula_mp.shm_flows import REFUSED
+from nebula_mp.shm_ring import Bell
+from nebula_mp.shm_stats import SLOTS, StatsPage
+from nebula_mp.shm_tunnels import TunnelState
 from nebula_mp.udp_socket import SendFault, UdpSocket
+from nebula_mp.wire.header import TEST_REPLY, TEST_REQUEST, Header, MessageType
+from nebula_mp.wire.ip import parse_flow
 from nebula_mp.workers import control
-from nebula_mp.workers.control import EXIT_LOST, Gateway, Parts
-from nebula_mp.workers.instance import Instance
-from nebula_mp.workers.logs import Logs
-from nebula_mp.workers.loop import run
-from nebula_mp.workers.pki import load_pki
-from nebula_mp.workers.threads import in_thread
-from tests.support import packets
+from nebula_mp.workers.channel import Channel
+from nebula_mp.workers.checked import Checked
+from nebula_mp.workers.control import Control
+from nebula_mp.workers.parts import Role, upcall_lock
+from tests.support.forked import shared_words
 from tests.support.pki import ANY_TIME, Pki
+from tests.support.processes import eventually, forked
+from tests.support.rings import patch
+from tests.workers.control_rig import (
+    LIMIT_S,
+    OUR_IDENTITY,
+    THEM,
+    US,
+    WORKERS,
+    Rig,
+    address_of,
+    checked,
+    collect,
+    config,
+    inbound,
+    key_memory,
+    loopback,
+    now_ms,
+    outbound,
+    until,
+)
 
-ANY = FirewallConfig(inbound=(FirewallRule(),), outbound=(FirewallRule(),))
-OVERLAY = {"a": ip_address("10.42.0.1"), "b": ip_address("10.42.0.2")}
+MESSAGE, TEST, HANDSHAKE = MessageType.MESSAGE, MessageType.TEST, MessageType.HANDSHAKE
+_DAY_S = 86_400
+
+MakeRig = Callable[..., Rig]
+
+
+class Wall:
+    """The wall clock of the test; `shift_s` sets it."""
+
+    shift_s = 0
+
+    def __init__(self) -> None:
+        self._start = clock.monotonic()
+
+    def now(self) -> Instant:
+        mono = clock.monotonic()
+        return Instant(mono, round((ANY_TIME + self.shift_s + mono - self._start) * 1e9))
 
 
 @pytest.fixture(autouse=True)
-def _certificates_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clock, "wall_s", lambda: ANY_TIME)
-    monkeypatch.setattr(clock, "now", lambda: Instant(clock.monotonic(), ANY_TIME * 10**9))
-
-
-@dataclass
-class Node:
-    """A gateway under test, and what the test holds of it."""
-
-    name: str
-    gateway: Gateway
-    parts: Parts
-    stack: socket.socket  # the local stack's end of the device
-    log_path: Path
-    files: Path
-    loaded: list[LoadedConfig]  # the last one is what a reload reads
-
-    @property
-    def log(self) -> list[str]:
-        return self.log_path.read_text().splitlines()
-
-    def events(self, message: str) -> list[dict[str, object]]:
-        """The log records with this message."""
-        return [record for line in self.log if (record := json.loads(line))["msg"] == message]
-
-    async def call(self, command: str) -> dict[str, Any]:
-        """Send a command to the control socket, as the commands of the CLI do."""
-
-        def talk() -> dict[str, Any]:
-            with Client(self.parts.instance.socket_path) as client:
-                return client.call(command)
-
-        return await in_thread(talk)
-
-    async def receive(self, within_s: float = 5) -> bytes:
-        """The next packet that the gateway hands to the local stack."""
-        async with asyncio.timeout(within_s):
-            return await asyncio.get_running_loop().sock_recv(self.stack, 65535)
-
-
-class Site:
-    """Makes gateways in a directory, closes what they opened, and runs them."""
-
-    def __init__(self, directory: Path, undo: ExitStack) -> None:
-        self._directory = directory
-        self._undo = undo
-        self._pki = Pki.shared()
-
-    def write_pki(self, name: str, **keys: object) -> Path:
-        """Write certificate, key and CA of a host; the directory."""
-        files = self._directory / name
-        files.mkdir(exist_ok=True)
-        identity = self._pki.identity(name, f"{OVERLAY[name]}/24", **keys)  # type: ignore[arg-type]
-        (files / "ca.crt").write_text(encode_pem(self._pki.ca))
-        (files / "host.crt").write_text(encode_pem(identity.certificates[CertVersion.V2]))
-        (files / "host.key").write_text(encode_private_key(identity.private_key))
-        (files / "host.key").chmod(0o600)
-        return files
-
-    def node(self, name: str, **keys: object) -> Node:
-        files = self.write_pki(name)
-        config = Config(
-            pki=PkiConfig(
-                ca=str(files / "ca.crt"), cert=str(files / "host.crt"), key=str(files / "host.key")
-            ),
-            tun=TunConfig(dev=f"test-{name}"),
-            listen=ListenConfig(host="127.0.0.1"),
-            firewall=ANY,
-            logging=LoggingConfig(level=LogLevel.DEBUG, format="json"),
-            mp=MpConfig(run_dir=str(self._directory / "run")),
-        )
-        config = replace(config, **keys)  # type: ignore[arg-type]
-        loaded = [LoadedConfig(config, (), (files / "config.yml",))]
-        pki = load_pki(config.pki, ANY_TIME)
-        instance = Instance.claim(config.mp.run_dir, f"test-{name}")
-        self._undo.callback(instance.release)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.setblocking(False)
-        theirs.setblocking(False)
-        self._undo.callback(theirs.close)
-        tun = TunDevice(ours.detach(), f"test-{name}")
-        self._undo.callback(tun.close)
-        udp = UdpSocket.open(config.listen)
-        self._undo.callback(udp.close)
-        watcher = netlink.AddressWatcher(0)
-        self._undo.callback(watcher.close)
-        listener = instance.listen()
-        self._undo.callback(listener.close)
-        parts = Parts(
-            config=config,
-            sources=(str(files / "config.yml"),),
-            pki=pki,
-            instance=instance,
-            listener=listener,
-            tun=tun,
-            udp=udp,
-            watcher=watcher,
-            controller=Controller(config, pki.identity, pki.pool, clock.entropy, clock.now()),
-        )
-        log_path = files / "log"
-        descriptor = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        self._undo.callback(os.close, descriptor)
-        log = Logs(config.logging, descriptor)
-        self._undo.callback(log.close)
-        gateway = Gateway(parts, lambda: loaded[-1], log)
-        return Node(name, gateway, parts, theirs, log_path, files, loaded)
-
-    def pair(self) -> tuple[Node, Node]:
-        """Two nodes of which a knows where b is. Both write to both logs, being one process."""
-        b = self.node("b")
-        a = self.node(
-            "a", static_host_map={OVERLAY["b"]: (HostPort(host="127.0.0.1", port=b.parts.udp.local.port),)}
-        )
-        return a, b
+def wall(monkeypatch: pytest.MonkeyPatch) -> Wall:
+    """Every certificate is valid."""
+    made = Wall()
+    monkeypatch.setattr(clock, "now", made.now)
+    monkeypatch.setattr(clock, "wall_s", lambda: made.now().wall_s)
+    return made
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
+def make_rig() -> Iterator[MakeRig]:
     with ExitStack() as undo:
-        yield Site(tmp_path, undo)
+        yield lambda **how: Rig(undo, **how)
 
 
-def play(story: Callable[[], Awaitable[None]], *nodes: Node) -> list[int]:
-    """Run the gateways while `story` goes on, stop them, and give their exit codes."""
-
-    async def main() -> int:
-        tasks = [asyncio.ensure_future(node.gateway.run()) for node in nodes]
-        await asyncio.sleep(0)
-        try:
-            async with asyncio.timeout(20):
-                await story()
-        finally:
-            for node in nodes:
-                node.gateway._stop()
-            codes.extend(await asyncio.gather(*tasks))
-        return 0
-
-    codes: list[int] = []
-    run(main)
-    return codes
+@pytest.fixture
+def rig(make_rig: MakeRig) -> Rig:
+    return make_rig()
 
 
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 - many kinds of events
-            await asyncio.sleep(0.01)
+# ---- start ----
 
 
-def packet(source: str, destination: str, payload: bytes) -> bytes:
-    here, there = OVERLAY[source], OVERLAY[destination]
-    return packets.ip(here, there, 17, packets.udp(here, there, 1000, 2000, payload))
+def test_ready_is_said_when_everything_is_attached(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    def watch(kind: type, name: str, event: Callable[..., str]) -> None:
+        original = getattr(kind, name)
+
+        def watched(self: object, *arguments: Any) -> object:
+            result = original(self, *arguments)
+            events.append(event(*arguments))
+            return result
+
+        monkeypatch.setattr(kind, name, watched)
+
+    watch(Control, "_attach", lambda worker: f"attached {worker}")
+    watch(Control, "_listen", lambda: "listens")
+    watch(Channel, "send", lambda kind: kind)
+
+    async def story() -> None:
+        pass
+
+    rig.play(story)
+
+    assert events == ["attached 0", "attached 1", "listens", "resolve", "ready"]
+
+
+def test_upcalls_and_handshakes_that_waited_before_the_start_are_taken_in_order(rig: Rig) -> None:
+    sent = [outbound(number.to_bytes(2, "big").ljust(1200)) for number in range(90)]  # eight areas
+    rig.hands[1].ask(*sent)
+    Bell(rig.hands[1].memory.control_bell).empty()  # as by a predecessor that died before it looked
+    rig.peer.learn(US, rig.at)
+    rig.peer.send(inbound())
+
+    async def story() -> None:
+        await until(lambda: len(rig.peer.delivered) == len(sent))
+        await until(lambda: MESSAGE in [header.type for header in rig.peer.headers])
+
+    rig.play(story)
+
+    assert rig.peer.delivered == sent
+
+
+def test_two_control_processes_never_read_the_same_upcalls(rig: Rig) -> None:
+    locked = shared_words(1)
+
+    def hold() -> None:
+        assert LockFile(rig.parts().ring_locks).lock(upcall_lock(1)).try_take()
+        locked[0] = 1
+        eventually(lambda: False, 10 * LIMIT_S)
+
+    async def story() -> None:
+        raise AssertionError("it started")
+
+    with forked(hold):
+        assert eventually(lambda: locked[0] == 1, LIMIT_S)
+        with pytest.raises(SystemCallError, match="upcall ring 1: another process reads it"):
+            rig.play(story)
+
+
+def test_the_process_tells_the_supervisor_that_it_is_alive_while_nothing_happens(rig: Rig) -> None:
+    async def story() -> None:
+        before = rig.memory.passes("control")
+        await until(lambda: rig.memory.passes("control") >= before + 3)
+
+    rig.play(story)
 
 
 # ---- packets ----
 
 
-def test_packets_pass_from_one_local_stack_to_the_other_and_back(site: Site) -> None:
-    a, b = site.pair()
-    there, back = packet("a", "b", b"there"), packet("b", "a", b"back")
-    received = []
+@pytest.mark.parametrize("reason", [UpcallReason.NEW_FLOW_OUT, UpcallReason.NO_TUNNEL])
+def test_a_packet_for_a_host_without_a_tunnel_starts_a_handshake_and_goes_out_when_it_is_up(
+    rig: Rig, reason: UpcallReason
+) -> None:
+    packet = outbound()
 
     async def story() -> None:
-        a.stack.send(there)
-        received.append(await b.receive())
-        b.stack.send(back)
-        received.append(await a.receive())
+        rig.hands[0].ask(packet, reason=reason)
+        await until(lambda: rig.peer.delivered)
 
-    assert play(story, a, b) == [0, 0]
-    assert received == [there, back]
+    rig.play(story)
 
-
-def test_more_packets_than_one_batch_pass_in_order(site: Site) -> None:
-    a, b = site.pair()
-    sent = [packet("a", "b", number.to_bytes(2, "big")) for number in range(200)]
-    received = []
-
-    async def story() -> None:
-        a.stack.send(sent[0])
-        received.append(await b.receive())
-        for each in sent[1:]:
-            await asyncio.get_running_loop().sock_sendall(a.stack, each)
-        received.extend([await b.receive() for _ in sent[1:]])
-
-    play(story, a, b)
-
-    assert received == sent
+    assert rig.peer.delivered == [packet]
+    assert [header.type for header in rig.peer.headers] == [HANDSHAKE, MESSAGE]
 
 
-def test_a_goodbye_reaches_the_peer(site: Site) -> None:
-    a, b = site.pair()
-
-    async def story() -> None:
-        a.stack.send(packet("a", "b", b"x"))
-        await b.receive()
-        assert len((await b.call("status"))["hosts"]) == 1
-        await a.call("stop")
-        await until(lambda: b.gateway._controller.hosts() == [])
-
-    assert play(story, a, b) == [0, 0]
-    assert b.events("Goodbye")
-
-
-def test_an_unanswered_handshake_is_sent_again_by_the_timer(site: Site) -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.setblocking(False)
-        port = silent.getsockname()[1]
-        a = site.node("a", static_host_map={OVERLAY["b"]: (HostPort(host="127.0.0.1", port=port),)})
-        attempts = []
+def test_an_unanswered_handshake_is_sent_again_by_the_timer(make_rig: MakeRig) -> None:
+    with loopback() as silent:
+        entry = (HostPort(host="127.0.0.1", port=address_of(silent).port),)
+        rig = make_rig(static_host_map=MappingProxyType({THEM: entry}), handshakes=HandshakesConfig())
+        attempts: list[bytes] = []
 
         async def story() -> None:
-            a.stack.send(packet("a", "b", b"x"))
+            rig.hands[0].ask(outbound())
             loop = asyncio.get_running_loop()
-            attempts.extend([await loop.sock_recv(silent, 9000) for _ in range(3)])
+            async with asyncio.timeout(LIMIT_S):
+                attempts.extend([await loop.sock_recv(silent, 9000) for _ in range(3)])
 
-        play(story, a)
+        rig.play(story)
 
     assert len(set(attempts)) == 1
-    assert len(attempts) == 3
 
 
-def test_faults_of_sending_are_counted_each_and_written_once(
-    site: Site, monkeypatch: pytest.MonkeyPatch
+def test_readers_find_a_tunnel_with_keys_that_work_both_ways_and_the_peers_row_leads_to_it(rig: Rig) -> None:
+    back, there = inbound(), outbound(b"sealed by a reader", port=1)
+
+    async def story() -> None:
+        row = await rig.connect()
+        assert row.state is TunnelState.PROVEN
+        assert row.underlay == rig.peer.at
+        for hand in rig.hands:
+            assert hand.peers.tunnel(row.peer) == row.local_index
+        rig.peer.send(back)
+        owner = rig.hands[row.owner]
+        assert await collect(back, lambda: [owner.open(each)[2] for each, _ in owner.udp.receive(9)]) == [
+            back
+        ]
+        rig.hands[1 - row.owner].send(there)
+        await until(lambda: there in rig.peer.delivered)
+
+    rig.play(story)
+
+
+def test_a_flow_is_allowed_only_after_its_packet_was_sent(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    packet = outbound()
+    at_sending: list[int | None] = []
+    send = UdpSocket.send
+
+    def watched(self: UdpSocket, datagram: bytes, to: UdpAddr) -> SendFault | None:
+        fault = send(self, datagram, to)
+        if Header.parse(datagram).type is MESSAGE:
+            at_sending.append(rig.hands[0].goes_to(packet))
+        return fault
+
+    monkeypatch.setattr(UdpSocket, "send", watched)
+
+    async def story() -> None:
+        rig.hands[0].ask(packet)
+        await until(lambda: rig.hands[0].goes_to(packet))
+        assert rig.hands[0].goes_to(packet) == rig.tunnel().peer
+
+    rig.play(story)
+
+    assert at_sending == [None]
+
+
+def test_an_inbound_flow_is_allowed_only_after_its_packet_was_written_to_its_owners_queue(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    a = site.node("a")
-    monkeypatch.setattr(a.parts.udp, "send", lambda *_: SendFault.UNREACHABLE)
-    to = UdpAddr(ip_address("192.0.2.1"), 1)
+    packet = inbound()
+    at_writing: list[bool | None] = []
+    write = TunDevice.write
+
+    def watched(self: TunDevice, written: bytes) -> WriteFault | None:
+        fault = write(self, written)
+        at_writing.append(rig.owner().comes_from(packet, rig.tunnel()))
+        return fault
+
+    monkeypatch.setattr(TunDevice, "write", watched)
 
     async def story() -> None:
-        for _ in range(5):
-            a.gateway._perform([SendDatagram(b"x", to)])
-        stats = (await a.call("status"))["stats"]
-        assert stats["mp.udp.drop.unreachable"] == 5
+        row = await rig.connect()
+        rig.peer.send(packet)
+        await until(lambda: rig.take() or rig.owner().comes_from(packet, row))
+        assert rig.stack(row.owner) == [packet]
+        assert rig.stack(1 - row.owner) == []
+        rig.peer.send(packet)
+        assert await collect(packet, rig.take) == [packet]
+        assert rig.stack(0) + rig.stack(1) == []
 
-    assert play(story, a) == [0]
-    assert [event["count"] for event in a.events("peer address unreachable")] == [1]
+    rig.play(story)
 
-
-def test_a_stack_that_takes_nothing_costs_packets_and_nothing_else(site: Site) -> None:
-    a = site.node("a")
-
-    async def story() -> None:
-        while not a.gateway._stats["mp.tun.drop.again"]:
-            a.gateway._perform([WriteTun(bytes(60_000))])
-
-    assert play(story, a) == [0]
+    assert at_writing == [None]
 
 
-# ---- ends ----
-
-
-def test_our_own_fault_is_logged_with_its_place_and_ends_with_5_after_the_goodbye(
-    site: Site, monkeypatch: pytest.MonkeyPatch
+def test_the_controller_hears_of_flows_that_had_to_make_room(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    a, b = site.pair()
+    displaced = (parse_flow(outbound(), inbound=False), Seconds(7))
+    heard: list[object] = []
 
     async def story() -> None:
-        a.stack.send(packet("a", "b", b"x"))
-        await b.receive()
+        monkeypatch.setattr(rig.control._plane, "settle", lambda _: [displaced])
+        monkeypatch.setattr(rig.control._controller, "handle_displaced", heard.extend)
+        rig.hands[0].ask(outbound())
+        await until(lambda: heard)
 
-        def fail(*_: object) -> None:
-            raise ZeroDivisionError("a fault")
+    rig.play(story)
 
-        monkeypatch.setattr(a.gateway._controller, "handle_tun_packet", fail)
-        a.stack.send(packet("a", "b", b"x"))
-        await until(lambda: b.gateway._controller.hosts() == [])
-
-    # One loop has one handler for what goes wrong; that of a, which started last.
-    assert play(story, b, a) == [0, EXIT_LOST]
-    (event,) = b.events("unexpected error, shutting down")
-    assert event["error"] == "ZeroDivisionError: a fault"
-    assert "_on_tun" in str(event["stack"])
+    assert set(heard) == {displaced}
 
 
-def test_a_fault_in_the_goodbye_still_closes_everything(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    a = site.node("a")
+def test_refusals_are_in_the_flow_table_for_their_direction_only(make_rig: MakeRig) -> None:
+    rig = make_rig(firewall=FirewallConfig())
+    there, back = outbound(port=1), inbound(port=2)
 
     async def story() -> None:
-        def fail(*_: object) -> None:
-            raise ZeroDivisionError
+        began = now_ms()
+        rig.hands[0].ask(there)
+        await until(lambda: rig.hands[0].goes_to(there, began) == REFUSED)
+        row = rig.tunnel()
+        assert rig.owner().comes_from(inbound(port=1), row, began) is None
+        rig.hands[0].hand_up(UpcallReason.NEW_FLOW_IN, row.local_index, back, rig.peer.at)
+        await until(lambda: rig.owner().comes_from(back, row, began) is False)
+        assert rig.owner().goes_to(outbound(port=2), began) is None
+        stats = (await rig.status())["stats"]
+        assert stats["drop.firewall.outgoing.no_rule"] == 1
+        assert stats["drop.firewall.incoming.no_rule"] == 1
 
-        monkeypatch.setattr(a.gateway._controller, "handle_stop", fail)
+    rig.play(story)
 
-    assert play(story, a) == [EXIT_LOST]
-    assert (a.parts.tun.fileno(), a.parts.udp.fileno()) == (-1, -1)
+    assert rig.peer.delivered == []
+    assert rig.stack(0) + rig.stack(1) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_in_order(number: signal.Signals, site: Site) -> None:
-    a = site.node("a")
+def test_a_request_for_a_sign_of_life_gets_a_reply(rig: Rig) -> None:
+    async def story() -> None:
+        await rig.connect()
+        before = rig.peer.count(TEST, TEST_REPLY)
+        rig.peer.ask(rig.at)
+        await until(lambda: rig.take() or rig.peer.count(TEST, TEST_REPLY) > before)
+
+    rig.play(story)
+
+
+def test_the_first_message_on_a_candidate_proves_it(rig: Rig) -> None:
+    packet = inbound()
+    rig.peer.learn(US, rig.at)
 
     async def story() -> None:
-        await until(lambda: a.events("Nebula interface is active"))
-        os.kill(os.getpid(), number)
-        await until(lambda: a.gateway._stopping)
+        rig.peer.send(packet)
+        await until(lambda: rig.peer.plane.tunnels)
+        row = rig.tunnel()
+        assert row.state is TunnelState.CANDIDATE
+        assert rig.hands[0].peers.tunnel(row.peer) is None
+        await until(lambda: rig.take() or rig.tunnel().state is TunnelState.PROVEN)
+        assert rig.hands[0].peers.tunnel(row.peer) == row.local_index
+        assert rig.stack(row.owner) == [packet]
+        assert [host["initiator"] for host in (await rig.status())["hosts"]] == [False]
 
-    assert play(story, a) == [0]
-    assert a.events("Caught signal, shutting down")[0]["signal"] == number.name
-
-
-def test_the_second_signal_ends_at_once(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    a = site.node("a")
-    ended: list[int] = []
-    monkeypatch.setattr(os, "_exit", ended.append)
-
-    async def story() -> None:
-        a.gateway._on_stop_signal(signal.SIGTERM)
-        a.gateway._on_stop_signal(signal.SIGTERM)
-
-    play(story, a)
-
-    assert ended == [0]
-    assert not a.parts.instance.socket_path.exists()
+    rig.play(story)
 
 
-def test_the_service_manager_hears_of_start_reload_and_stop(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(str(tmp_path / "notify"))
-        manager.setblocking(False)
-        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
-        a = site.node("a")
-
-        async def story() -> None:
-            await a.call("reload")
-
-        play(story, a)
-        heard = [manager.recv(1000).decode().partition("\n")[0] for _ in range(4)]
-
-    assert heard == ["READY=1", "RELOADING=1", "READY=1", "STOPPING=1"]
-
-
-# ---- status ----
-
-
-def test_status_tells_who_we_are_and_whom_we_talk_to(site: Site) -> None:
-    a, b = site.pair()
-    answers = []
+def test_where_the_kernel_does_not_steer_handshakes_come_through_the_reader(rig: Rig) -> None:
+    rig.reads_udp = False
+    rig.peer.learn(US, rig.at)
 
     async def story() -> None:
-        a.stack.send(packet("a", "b", b"x"))
-        await b.receive()
-        answers.append(await a.call("status"))
+        rig.peer.send(inbound())
+        for _ in range(3):
+            await rig.status()  # so control has had every chance to take it
+        ((stage1, source),) = rig.steering.control.receive(9)
+        rig.hands[0].raw(UpcallReason.DATAGRAM, stage1, source)
+        await until(lambda: rig.take() or rig.stack(0) + rig.stack(1) == [inbound()])
 
-    play(story, a, b)
+    rig.play(story)
 
-    (status,) = answers
-    (host,) = status.pop("hosts")
-    assert status["device"] == "test-a"
-    assert status["pid"] == os.getpid()
-    assert status["networks"] == ["10.42.0.1/24"]
-    assert status["listen"].startswith("127.0.0.1:")
-    assert status["certificate"]["name"] == "a"
-    assert (host["name"], host["addresses"], host["primary"]) == ("b", ["10.42.0.2"], True)
-    assert host["remote"].startswith("127.0.0.1:")
+
+def test_a_peer_that_seems_to_have_moved_is_asked_there(rig: Rig) -> None:
+    async def story() -> None:
+        row = await rig.connect()
+        with loopback() as elsewhere:
+            rig.owner().moved(row.local_index, address_of(elsewhere))
+            async with asyncio.timeout(LIMIT_S):
+                question = await asyncio.get_running_loop().sock_recv(elsewhere, 9000)
+        header = Header.parse(question)
+        assert (header.type, header.subtype) == (TEST, TEST_REQUEST)
+        assert header.remote_index == row.remote_index
+
+    rig.play(story)
+
+
+def test_who_uses_an_index_that_is_not_known_is_told(rig: Rig) -> None:
+    async def story() -> None:
+        unknown = Header(MESSAGE, 0, TunnelIndex(0x1234_5678), Counter(9)).encode() + bytes(16)
+        with loopback() as stranger:
+            rig.hands[0].raw(UpcallReason.UNKNOWN_INDEX, unknown, address_of(stranger))
+            async with asyncio.timeout(LIMIT_S):
+                hint = Header.parse(await asyncio.get_running_loop().sock_recv(stranger, 9000))
+        assert (hint.type, hint.remote_index) == (MessageType.RECV_ERROR, 0x1234_5678)
+
+    rig.play(story)
+
+
+def test_counters_of_control_and_of_readers_never_collide(rig: Rig) -> None:
+    taken = shared_words(1_000_000)  # the first word: stop; the second: how many
+    enough = 200
+
+    async def story() -> None:
+        row = await rig.connect()
+
+        def seal() -> None:
+            counters = rig.hands[0].counters()
+            while not taken[0] and taken[1] + 2 < len(taken):
+                counter = counters.reserve(row.local_index & 0xFFFF, row.generation, 1)
+                if isinstance(counter, int):
+                    taken[2 + taken[1]] = counter
+                    taken[1] += 1
+
+        with forked(seal) as child:
+            await until(lambda: taken[1])
+            port = 1
+            while rig.peer.count(MESSAGE) < enough:
+                port += 1
+                rig.hands[1].ask(outbound(port=port))
+                await asyncio.sleep(0.001)
+                assert port < 65_000
+            taken[0] = 1
+            assert child.wait() == 0
+
+    rig.play(story)
+
+    ours = [header.counter for header in rig.peer.headers if header.type is MESSAGE]
+    theirs = taken[2 : 2 + taken[1]].tolist()
+    assert len(set(ours)) == len(ours) >= enough
+    assert len(set(theirs)) == len(theirs)
+    assert set(ours).isdisjoint(theirs)
+    assert min(theirs) < max(ours)
+
+
+# ---- a ring that contradicts itself ----
+
+
+def spoil_head(rig: Rig) -> None:
+    patch(rig.memory._upcall[1], "head", 99)
+    rig.hands[0].upcalls._bell.ring()
+
+
+def publish(rig: Rig, reason: int, record: bytes) -> None:
+    """Have reader 1 hand up what no reader does."""
+    producer = rig.hands[1].producer
+    assert producer.try_begin()
+    assert producer.try_add(record, segment=reason)
+    producer.publish()
+    rig.hands[1].upcalls._bell.ring()
+
+
+def spoil_reason(rig: Rig) -> None:
+    publish(rig, 99, encode_plain_record(1))
+
+
+def spoil_source(rig: Rig) -> None:
+    publish(rig, UpcallReason.DATAGRAM, encode_plain_record(1))
+
+
+def spoil_type(rig: Rig) -> None:
+    record = bytearray(encode_plain_record(1))
+    record[14], record[16] = 4, 77  # an address of IPv4, and a message of no type
+    publish(rig, UpcallReason.MESSAGE, bytes(record))
+
+
+SPOILS = {"head": spoil_head, "reason": spoil_reason, "source": spoil_source, "type": spoil_type}
+
+
+@pytest.mark.parametrize("field", SPOILS)
+def test_a_ring_that_contradicts_itself_is_reported_and_the_other_goes_on(rig: Rig, field: str) -> None:
+    async def story() -> None:
+        SPOILS[field](rig)
+        assert await rig.wait_for("bad_ring") == {"worker": 1}
+        rig.hands[0].ask(outbound(b"of the other"))
+        await until(lambda: outbound(b"of the other") in rig.peer.delivered)
+        assert rig.kinds() == ["resolve"]
+        rig.memory.empty_rings(1)
+        rig.hands[1].attach()
+        rig.hands[1].ask(outbound(b"waits"))
+        rig.tell("upcalls", {"worker": 1})
+        await until(lambda: outbound(b"waits") in rig.peer.delivered)
+        rig.hands[1].ask(outbound(b"of the emptied one", port=2))
+        await until(lambda: outbound(b"of the emptied one", port=2) in rig.peer.delivered)
+
+    rig.play(story)
+
+    (record,) = rig.records("ring contradiction")
+    assert (record["level"], record["ring"], record["field"]) == ("ERROR", "upcall/1", field)
+
+
+def test_a_ring_that_contradicts_itself_before_the_start_is_reported_too(rig: Rig) -> None:
+    spoil_head(rig)
+
+    async def story() -> None:
+        assert await rig.wait_for("bad_ring") == {"worker": 1}
+        rig.hands[0].ask(outbound())
+        await until(lambda: rig.peer.delivered)
+
+    rig.play(story)
+
+
+def test_a_ring_that_was_emptied_behind_its_back_is_no_crash(rig: Rig) -> None:
+    async def story() -> None:
+        rig.memory.empty_rings(0)
+        rig.hands[0].attach()
+        rig.hands[0].ask(outbound())
+        await rig.wait_for("bad_ring")
+        rig.tell("upcalls", {"worker": 0})
+        await until(lambda: rig.peer.delivered)
+
+    rig.play(story)
+
+
+# ---- successors ----
+
+
+def known(host: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in host.items() if name not in ("sent", "received")}
+
+
+def test_a_successor_goes_on_without_a_handshake(rig: Rig) -> None:
+    hosts: list[list[dict[str, Any]]] = []
+
+    async def first() -> None:
+        await rig.connect()
+        await rig.pass_both_ways(b"one", port=5000)
+        hosts.append((await rig.status())["hosts"])
+
+    async def second() -> None:
+        hosts.append((await rig.status())["hosts"])
+        await rig.pass_both_ways(b"two", port=5000)
+        await rig.pass_both_ways(b"three", port=6000)
+
+    assert rig.play(first) is None
+    shaken = rig.peer.handshakes
+    rig.hands[1].ask(outbound(b"while nobody was there", port=7000))
+    assert rig.play(second) is None
+
+    assert outbound(b"while nobody was there", port=7000) in rig.peer.delivered
+    assert rig.peer.handshakes == shaken
+    before, after = hosts
+    assert len(before) == 1
+    assert list(map(known, after)) == list(map(known, before))
+    assert after[0]["sent"] >= before[0]["sent"]
+    assert [record["tunnels"] for record in rig.records("control goes on")] == [1]
+
+
+def test_the_successor_of_a_process_that_was_killed_goes_on(rig: Rig) -> None:
+    parts = rig.parts()
+
+    async def first() -> None:
+        await rig.wait_for("ready")
+        await rig.pass_both_ways(b"one", port=5000)
+
+    async def second() -> None:
+        await rig.pass_both_ways(b"two", port=6000)
+
+    with forked(lambda: control.main(parts)) as child:
+        rig.wait(first)
+        child.kill()
+    rig.memory.clear_dead(Role.CONTROL, 0, child.pid, parts.start)
+    shaken = rig.peer.handshakes
+    rig.play(second)
+
+    assert rig.peer.handshakes == shaken
+
+
+def test_what_a_predecessor_counted_is_not_forgotten(rig: Rig) -> None:
+    junk = Header(MESSAGE, 0, TunnelIndex(5), Counter(9)).encode() + bytes(16)
+
+    async def first() -> None:
+        rig.hands[0].raw(UpcallReason.UNKNOWN_INDEX, junk, rig.peer.at)
+        await until(lambda: rig.memory.counters("control")["drop.unknown_index"] == 1)
+
+    async def second() -> None:
+        assert await rig.stat("drop.unknown_index") == 1
+        rig.hands[0].raw(UpcallReason.UNKNOWN_INDEX, junk, rig.peer.at)
+        await until(lambda: rig.memory.counters("control")["drop.unknown_index"] == 2)
+        assert await rig.stat("drop.unknown_index") == 2
+
+    rig.play(first)
+    rig.play(second)
 
 
 # ---- reload ----
 
 
-def test_a_renewed_certificate_is_taken_over_and_tunnels_stay(site: Site) -> None:
-    a, b = site.pair()
+def test_a_renewed_certificate_is_taken_over_and_shown_to_the_peer(make_rig: MakeRig) -> None:
+    rig = make_rig(timers=TimersConfig(connection_alive_interval=Seconds(0.2)))
+    renewed = Pki.shared().identity("us", f"{US}/24", groups=("new",), key_of=OUR_IDENTITY)
 
     async def story() -> None:
-        a.stack.send(packet("a", "b", b"x"))
-        await b.receive()
-        site.write_pki("a", groups=("new",), key_of=a.parts.pki.identity)
-        await a.call("reload")
-        status = await a.call("status")
-        assert status["certificate"]["groups"] == ["new"]
-        assert len(status["hosts"]) == 1
+        await rig.connect()
+        new = replace(rig.config, tun=replace(rig.config.tun, mtu=1400))
+        answer = await rig.reload(checked(-1, new, renewed), rig.key)
+        assert (answer["error"], answer["warnings"]) == (None, [])
+        status = await rig.status()
+        assert (status["certificate"]["groups"], status["mtu_bytes"]) == (["new"], 1400)
 
-    assert play(story, a, b) == [0, 0]
+        def is_shown() -> bool:
+            rig.peer.send(inbound())  # the tunnel is looked after while it is in use
+            rig.take()
+            return ("new",) in [host.groups for host in rig.peer.controller.hosts()]
 
+        await until(is_shown)
 
-def test_hangup_reloads_too(site: Site) -> None:
-    a = site.node("a")
-
-    async def story() -> None:
-        await until(lambda: a.events("Nebula interface is active"))
-        os.kill(os.getpid(), signal.SIGHUP)
-        await until(lambda: a.events("config reloaded"))
-
-    assert play(story, a) == [0]
+    rig.play(story)
 
 
-def spoil_key(node: Node) -> None:
-    (node.files / "host.key").write_text("not a key")
-
-
-def spoil_networks(node: Node) -> None:
-    identity = Pki.shared().identity("a", "10.42.0.99/24", key_of=node.parts.pki.identity)
-    (node.files / "host.crt").write_text(encode_pem(identity.certificates[CertVersion.V2]))
-
-
-def spoil_mark(node: Node) -> None:
-    def refuse(config: ListenConfig) -> tuple[str, ...]:
-        if config.so_mark:
-            raise SystemCallError("listen.so_mark 7: refused (EPERM)", exit_code=4)
-        return ()
-
-    node.parts.udp.configure = refuse  # type: ignore[method-assign]
-    config = replace(node.loaded[-1].config, listen=ListenConfig(host="127.0.0.1", so_mark=7))
-    node.loaded.append(replace(node.loaded[-1], config=config))
-
-
-def spoil_mtu(node: Node) -> None:
-    config = replace(node.loaded[-1].config, tun=TunConfig(dev="test-a", mtu=1400))  # there is no such device
-    node.loaded.append(replace(node.loaded[-1], config=config))
-
-
-@pytest.mark.parametrize("spoil", [spoil_key, spoil_networks, spoil_mark, spoil_mtu])
-def test_a_reload_that_fails_changes_nothing_and_says_why(spoil: Callable[[Node], None], site: Site) -> None:
-    a, b = site.pair()
-    config, pki = a.gateway._config, a.parts.pki
+def test_new_rules_are_asked_about_every_flow_again(rig: Rig) -> None:
+    packet = outbound(port=1)
+    strict = replace(rig.config, firewall=FirewallConfig(inbound=(FirewallRule(),)))
 
     async def story() -> None:
-        a.stack.send(packet("a", "b", b"x"))
-        await b.receive()
-        spoil(a)
-        with pytest.raises(InstanceError, match="reload failed"):
-            await a.call("reload")
-        assert a.gateway._config is config
-        assert a.parts.pki is pki
-        again = packet("a", "b", b"still there")
-        a.stack.send(again)
-        assert await b.receive() == again
-        assert (await a.call("status"))["stats"]["mp.reload.failed"] == 1
+        await rig.connect()
+        await until(lambda: rig.hands[0].goes_to(packet))
+        assert (await rig.reload(checked(-1, strict), rig.key))["error"] is None
+        assert rig.hands[0].goes_to(packet) is None
+        asked = now_ms()
+        rig.hands[0].ask(packet)
+        await until(lambda: rig.hands[0].goes_to(packet, asked) == REFUSED)
 
-    assert play(story, a, b) == [0, 0]
-    assert len(b.events("reload failed, nothing was changed")) == 1
+    rig.play(story)
 
 
-def test_a_broken_configuration_file_is_reported_and_the_old_one_stays(site: Site) -> None:
-    a = site.node("a")
-
-    def broken() -> LoadedConfig:
-        raise ConfigError("config.yml:3:3: listen.prot: unknown key")
-
-    a.gateway._load = broken
+def test_the_log_is_written_as_a_reload_says(rig: Rig) -> None:
+    quiet = replace(rig.config, logging=replace(rig.config.logging, format="text"))
 
     async def story() -> None:
-        with pytest.raises(InstanceError, match=r"config\.yml:3:3: listen\.prot"):
-            await a.call("reload")
+        await rig.reload(checked(-1, quiet), rig.key)
+        rig.log()  # so that what comes now can be told from what came before
+        rig.tell("stop")
+        await rig.ended()
 
-    assert play(story, a) == [0]
+    rig.play(story)
+
+    with pytest.raises(ValueError, match="Expecting value"):
+        rig.log()
 
 
-def test_changes_that_need_a_restart_are_named(site: Site) -> None:
-    a = site.node("a")
-    changed = replace(a.loaded[0].config, listen=ListenConfig(host="127.0.0.1", port=1))
-    a.loaded.append(LoadedConfig(changed, ("unknown key x",), a.loaded[0].sources))
+def open_descriptors() -> int:
+    gc.collect()  # what earlier tests mapped
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+Refused = Callable[[Rig], Awaitable[dict[str, Any]]]
+
+
+async def other_network(rig: Rig) -> dict[str, Any]:
+    identity = Pki.shared().identity("us", "10.42.0.99/24", key_of=OUR_IDENTITY)
+    return await rig.reload(checked(-1, rig.config, identity), rig.key)
+
+
+async def other_curve(rig: Rig) -> dict[str, Any]:
+    pki = Pki(seed=9, curve=Curve.P256)
+    identity = pki.identity("us", f"{US}/24")
+    return await reload_with(rig, checked(-1, rig.config, identity, pki), identity)
+
+
+async def another_key(rig: Rig) -> dict[str, Any]:
+    return await reload_with(rig, checked(-1, rig.config), Pki.shared().identity("else", f"{US}/24"))
+
+
+async def reload_with(rig: Rig, new: Checked, identity: Identity) -> dict[str, Any]:
+    key = key_memory(encode_private_key(identity.private_key))
+    try:
+        return await rig.reload(new, key)
+    finally:
+        os.close(key)
+
+
+async def empty_key(rig: Rig) -> dict[str, Any]:
+    key = key_memory("")
+    try:
+        return await rig.reload(checked(-1, rig.config), key)
+    finally:
+        os.close(key)
+
+
+async def no_key(rig: Rig) -> dict[str, Any]:
+    return await rig.reload(checked(-1, rig.config))
+
+
+async def no_configuration(rig: Rig) -> dict[str, Any]:
+    rig.tell("reload", {"id": 3, "checked": b"junk"}, rig.key)
+    return await rig.wait_for("reloaded")
+
+
+@pytest.mark.parametrize(
+    ("refused", "reason"),
+    [
+        (other_network, "restart to change addresses"),
+        (other_curve, "restart to change the curve"),
+        (another_key, "is not a pair with"),
+        (empty_key, "pki.key k"),
+        (no_key, "the private key did not come"),
+        (no_configuration, "cannot be read"),
+    ],
+)
+def test_a_reload_that_is_refused_says_why_and_changes_nothing(
+    rig: Rig, refused: Refused, reason: str
+) -> None:
+    async def story() -> None:
+        await rig.connect()
+        before, open_before = await rig.status(), open_descriptors()
+        answer = await refused(rig)
+        assert reason in answer["error"]
+        assert answer["warnings"] == []
+        after = await rig.status()
+        assert open_descriptors() == open_before
+        del before["certificate"]["expires_in_s"], after["certificate"]["expires_in_s"]
+        for name in ("certificate", "networks", "hosts", "sources"):
+            assert after[name] == before[name]
+        shaken = rig.peer.handshakes
+        await rig.pass_both_ways(b"still here", port=9)
+        assert rig.peer.handshakes == shaken
+
+    rig.play(story)
+
+
+# ---- what else the supervisor and services say ----
+
+
+def test_tunnels_of_a_worker_that_was_given_up_go_to_the_other(rig: Rig) -> None:
+    packet = inbound(b"to the other", port=77)
+
+    async def story() -> None:
+        row = await rig.connect()
+        other = 1 - row.owner
+        rig.steering.steer([other] * WORKERS)
+        rig.tell("owners", {"owners": [other] * WORKERS})
+        await until(lambda: rig.tunnel().owner == other)
+        rig.peer.send(packet)
+        assert await collect(packet, lambda: rig.take() + rig.stack(other)) == [packet]
+        assert rig.tunnel().generation == row.generation
+
+    rig.play(story)
+
+
+def test_a_device_that_was_made_anew_is_used_from_then_on(rig: Rig) -> None:
+    async def story() -> None:
+        row = await rig.connect()
+        old = rig.control._tuns
+        queues, stacks = rig.new_queues()
+        rig.tell("tuns", {}, *(queue.fileno() for queue in queues))
+        await until(lambda: rig.control._tuns is not old)
+        assert [tun.fileno() for tun in old] == [-1] * WORKERS
+        rig.peer.send(inbound())
+        stack = stacks[row.owner]
+        assert await collect(inbound(), lambda: rig.take() + rig.stack(stack)) == [inbound()]
+
+    rig.play(story)
+
+
+def test_peers_hear_from_us_when_our_underlay_changed(rig: Rig) -> None:
+    async def story() -> None:
+        await rig.connect()
+        assert rig.peer.count(TEST, TEST_REQUEST) == 0
+        rig.tell("underlay")
+        await until(lambda: rig.peer.count(TEST, TEST_REQUEST))
+
+    rig.play(story)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_services_are_asked_where_hosts_are_and_believed(make_rig: MakeRig, host: str) -> None:
+    rig = make_rig(host=host, static_host_map=MappingProxyType({}))
+
+    async def story() -> None:
+        await rig.wait_for("resolve")
+        rig.hands[0].ask(outbound())
+        await until(rig.control._controller.next_timeout)
+        assert rig.peer.received == []
+        rig.say("resolved", {"remotes": {str(THEM): [str(rig.peer.at)]}})
+        await until(lambda: rig.peer.delivered)
+        assert [host["remote"] for host in (await rig.status())["hosts"]] == [str(rig.peer.at)]
+
+    rig.play(story)
+
+
+def test_until_services_speak_the_literals_of_the_static_host_map_are_used(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    entries = (HostPort(host="name.example", port=1), *rig.config.static_host_map[THEM])
+    rig.checked = checked(rig.key, config(static_host_map=MappingProxyType({THEM: entries})))
+
+    async def story() -> None:
+        rig.hands[0].ask(outbound())
+        await until(lambda: rig.peer.delivered)
+
+    rig.play(story)
+
+
+def test_status_tells_who_we_are_whom_we_talk_to_and_what_all_processes_counted(rig: Rig) -> None:
+    certificate = OUR_IDENTITY.certificates[CertVersion.V2]
+    rig.hands[0].page.add(SLOTS["mp.udp.tx.packets"], 5)
+    rig.hands[1].page.add(SLOTS["mp.udp.tx.packets"], 7)
+    writer = StatsPage(rig.memory._pages["writer/1"].descriptor, writable=True)
+    writer.add(SLOTS["mp.udp.tx.packets"], 100)
     answers = []
 
     async def story() -> None:
-        answers.append(await a.call("reload"))
+        row = await rig.connect()
+        answers.append(await rig.status())
+        (host,) = answers[0]["hosts"]
+        assert (host["local_index"], host["remote_index"]) == (row.local_index, row.remote_index)
 
-    play(story, a)
+    rig.play(story)
 
-    assert answers[0]["warnings"] == ["unknown key x", "changed, but needs a restart: listen.port"]
-    assert a.gateway._config.listen.port == 0
+    (status,) = answers
+    (host,) = status["hosts"]
+    assert {
+        name: status[name] for name in ("version", "device", "listen", "kernel", "mtu_bytes", "sources")
+    } == {
+        "version": nebula_mp.__version__,
+        "device": "nebula1",
+        "listen": str(rig.at),
+        "kernel": "python",
+        "mtu_bytes": 1300,
+        "sources": ["/etc/nebula/config.yml"],
+    }
+    assert status["networks"] == [f"{US}/24"]
+    assert {**status["certificate"], "expires_in_s": 0} == {
+        "name": "us",
+        "groups": [],
+        "fingerprint": certificate.fingerprint,
+        "not_after": certificate.not_after,
+        "expires_in_s": 0,
+    }
+    assert status["certificate"]["expires_in_s"] == pytest.approx(
+        certificate.not_after - ANY_TIME, abs=LIMIT_S
+    )
+    assert {name: value for name, value in host.items() if name not in ("local_index", "remote_index")} == {
+        "name": "them",
+        "addresses": [str(THEM)],
+        "groups": [],
+        "fingerprint": rig.peer.controller._core.identity.newest.fingerprint,
+        "remote": str(rig.peer.at),
+        "primary": True,
+        "initiator": True,
+        "sent": 4,  # the handshake has the first two counters; a packet, and the reply to a question
+        "received": 1,
+    }
+    # Control received the other half of the handshake by itself; the question came to a reader.
+    assert status["stats"]["mp.udp.tx.packets"] == 5 + 7 + 100 + len(rig.peer.received)
+    assert status["stats"]["mp.udp.rx.packets"] == 1
+    assert status["stats"]["handshake_manager.initiated"] == 1
 
 
-def test_a_new_static_host_map_is_used_at_once(site: Site) -> None:
-    b = site.node("b")
-    a = site.node("a")
-    entry = (HostPort(host="127.0.0.1", port=b.parts.udp.local.port),)
-    changed = replace(a.loaded[0].config, static_host_map={OVERLAY["b"]: entry})
+# ---- ends ----
+
+
+def test_a_stop_says_goodbye_to_peers_and_ends_with_0(rig: Rig) -> None:
+    async def story() -> None:
+        row = await rig.connect()
+        rig.tell("stop")
+        await rig.wait_for("stopped")
+        assert await rig.ended() == 0
+        await until(lambda: rig.peer.controller.hosts() == [])
+        assert rig.hands[0].tunnels.get(row.local_index) is None
+
+    assert rig.play(story) == 0
+    assert rig.peer.headers[-1].type is MessageType.CLOSE_TUNNEL
+
+
+def test_the_process_of_its_own_serves_and_stops(rig: Rig) -> None:
+    codes = shared_words(1)
+    parts = rig.parts()
+
+    def main() -> None:
+        codes[0] = 100 + control.main(parts)
 
     async def story() -> None:
-        a.loaded.append(replace(a.loaded[0], config=changed))
-        await a.call("reload")
-        a.stack.send(packet("a", "b", b"x"))
-        assert await b.receive() == packet("a", "b", b"x")
+        await rig.wait_for("ready")
+        await rig.pass_both_ways(b"x", port=1)
+        rig.tell("stop")
+        await rig.wait_for("stopped")
 
-    assert play(story, a, b) == [0, 0]
+    with forked(main) as child:
+        rig.wait(story)
+        assert child.wait() == 0
 
-
-# ---- the device and the underlay ----
-
-
-def test_a_lost_device_is_opened_again(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    a, b = site.pair()
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours.setblocking(False)
-    theirs.setblocking(False)
-    opened: list[TunConfig] = []
-
-    def open_again(config: TunConfig) -> tuple[TunDevice, tuple[str, ...]]:
-        opened.append(config)
-        device = TunDevice(ours.detach(), "lo")  # a device that has an index
-        return device, ()
-
-    monkeypatch.setattr(TunDevice, "open", open_again)
-    monkeypatch.setattr(netlink, "configure", lambda *_: None)
-
-    async def story() -> None:
-        a.stack.send(packet("a", "b", b"x"))
-        await b.receive()
-        monkeypatch.setattr(a.parts.tun, "write", _lose)
-        a.gateway._perform([WriteTun(b"x")])
-        await until(lambda: a.gateway._tun_open)
-        again = packet("a", "b", b"after")
-        theirs.send(again)
-        assert await b.receive() == again
-        a.gateway._tun.close()
-
-    assert play(story, a, b) == [0, 0]
-    theirs.close()
-    assert [config.dev for config in opened] == ["test-a"]
-    assert a.gateway._stats["mp.tun.reopen"] == 1
-    assert len(b.events("tun device lost")) == 1
+    assert codes[0] == 100
 
 
-def _lose(_: bytes) -> None:
-    raise TunLostError("test-a")
-
-
-def test_a_device_that_cannot_be_opened_again_ends_the_gateway_with_5(
-    site: Site, monkeypatch: pytest.MonkeyPatch
+def test_our_own_fault_is_logged_with_its_place_and_ends_with_1(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    a = site.node("a")
-
-    def refuse(_: TunConfig) -> None:
-        raise SystemCallError("tun 'test-a': the name is taken")
-
-    monkeypatch.setattr(TunDevice, "open", refuse)
-    monkeypatch.setattr(control, "_TUN_RETRY_S", 0.01)
-
     async def story() -> None:
-        monkeypatch.setattr(a.parts.tun, "write", _lose)
-        a.gateway._perform([WriteTun(b"x"), WriteTun(b"x")])
-        await until(lambda: a.gateway._stopping)
+        def fail(*_: object) -> None:
+            raise ZeroDivisionError("a fault")
 
-    assert play(story, a) == [EXIT_LOST]
-    assert a.gateway._stats["mp.tun.reopen"] == 3
-    assert a.gateway._stats["mp.tun.drop.lost"] == 2
-    assert len(a.events("tun device lost for good, shutting down")) == 1
+        monkeypatch.setattr(rig.control._controller, "handle_tun_packet", fail)
+        rig.hands[0].ask(outbound())
+        await rig.ended()
+
+    assert rig.play(story) == 1
+    (record,) = rig.records("unexpected error in control")
+    assert (record["level"], record["error"]) == ("ERROR", "ZeroDivisionError: a fault")
+    assert "_on_bell" in record["stack"]
 
 
-def test_changes_of_the_underlay_reach_the_controller_once_they_settle(
-    site: Site, monkeypatch: pytest.MonkeyPatch
+def test_what_the_loop_complains_about_is_no_reason_to_end(rig: Rig) -> None:
+    async def story() -> None:
+        asyncio.get_running_loop().call_exception_handler({"message": "a complaint"})
+        assert (await rig.status())["device"] == "nebula1"
+
+    rig.play(story)
+
+    assert [record["error"] for record in rig.records("event loop")] == ["a complaint"]
+
+
+@pytest.mark.parametrize(
+    ("who", "kind", "body"),
+    [
+        ("supervisor", "no message", {}),
+        ("supervisor", "dance", {}),
+        ("supervisor", "reload", {}),
+        ("supervisor", "owners", {"owners": "none"}),
+        ("supervisor", "owners", {"owners": []}),
+        ("supervisor", "upcalls", {}),
+        ("supervisor", "upcalls", {"worker": 99}),
+        ("services", "no message", {}),
+        ("services", "status", {}),
+        ("services", "resolved", {}),
+        ("services", "resolved", {"remotes": {"nowhere": []}}),
+        ("services", "resolved", {"remotes": {"10.42.0.2": ["192.0.2.1"]}}),
+    ],
+)
+def test_a_message_that_says_nothing_sensible_ends_the_process_and_is_logged(
+    rig: Rig, who: str, kind: str, body: dict[str, object]
 ) -> None:
-    a = site.node("a")
-    calls: list[Instant] = []
-    news = [("+192.0.2.1",), ("-192.0.2.9",), ()]
-
-    def handle(now: Instant) -> list[object]:
-        calls.append(now)
-        return []
+    channel = rig._channels[who]
 
     async def story() -> None:
-        monkeypatch.setattr(a.parts.watcher, "poll_changed", lambda: news.pop(0))
-        monkeypatch.setattr(a.gateway._controller, "handle_underlay_change", handle)
-        for _ in range(3):
-            a.gateway._on_netlink()
-        await until(lambda: calls)
-        await asyncio.sleep(0.15)
+        if kind == "no message":
+            os.write(channel.fileno(), b"\xc1 is no msgpack")
+        else:
+            assert channel.send(kind, body)
+        await rig.ended()
 
-    play(story, a)
-
-    assert len(calls) == 1
-    assert [event["changes"] for event in a.events("underlay changed")] == [["+192.0.2.1"], ["-192.0.2.9"]]
+    assert rig.play(story) == 1
+    assert [record["level"] for record in rig.records("unexpected error in control")] == ["ERROR"]
 
 
-def test_a_wall_clock_that_was_set_is_told(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    a = site.node("a")
+def test_a_message_of_services_that_is_not_known_changes_nothing(rig: Rig) -> None:
+    async def story() -> None:
+        rig.say("dance")
+        assert (await rig.status())["device"] == "nebula1"
+
+    rig.play(story)
+
+
+# ---- faults ----
+
+
+@pytest.mark.parametrize(
+    ("fault", "message", "level"),
+    [
+        (SendFault.UNREACHABLE, "peer address unreachable", "INFO"),
+        (SendFault.TOO_BIG, "path mtu", "INFO"),
+        (SendFault.REFUSED_LOCALLY, "a local firewall refuses our datagrams", "WARN"),
+        (SendFault.OTHER, "datagram not sent", "WARN"),
+        (SendFault.DROPPED, None, None),
+    ],
+)
+def test_faults_of_sending_are_counted_each_and_written_once_a_minute(
+    make_rig: MakeRig,
+    fault: SendFault,
+    message: str | None,
+    level: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rig = make_rig(handshakes=HandshakesConfig())
 
     async def story() -> None:
-        later = Instant(clock.monotonic(), (ANY_TIME + 3600) * 10**9)
-        a.gateway._keep_house(later)
+        monkeypatch.setattr(rig.control._udp, "send", lambda *_: fault)
+        rig.hands[0].ask(outbound())  # stage 1 again and again
+        await until(lambda: rig.memory.counters("control")[fault] >= 3)
+        assert await rig.stat("mp.udp.tx.packets") == 0
 
-    play(story, a)
+    rig.play(story)
 
-    assert [event["seconds"] for event in a.events("clock jumped")] == [pytest.approx(3600, abs=5)]
-    assert a.gateway._stats["mp.clock.jumps"] == 1
+    faults = [record for record in rig.log() if record.get("udpAddr") == str(rig.peer.at)]
+    written = [(record["msg"], record["level"], record["count"]) for record in faults if "count" in record]
+    assert written == ([] if message is None else [(message, level, 1)])
+
+
+def test_a_packet_that_the_device_refuses_is_counted_and_written_once_a_minute(rig: Rig) -> None:
+    for queue in rig.queues:
+        queue.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the kernel makes of it what it can
+
+    async def story() -> None:
+        row = await rig.connect()
+        for port in range(1, 4):
+            too_long = inbound(bytes(8000), port=port)
+            rig.owner().hand_up(UpcallReason.NEW_FLOW_IN, row.local_index, too_long, rig.peer.at)
+        await until(lambda: rig.memory.counters("control")[WriteFault.REFUSED] == 3)
+
+    rig.play(story)
+
+    (record,) = rig.records("packet for the tun device dropped")
+    assert (record["level"], record["reason"], record["count"]) == ("WARN", "mp.tun.drop.refused", 1)
+
+
+def test_a_local_stack_that_takes_nothing_costs_packets_and_nothing_else(rig: Rig) -> None:
+    async def story() -> None:
+        row = await rig.connect()
+        queue = rig.queues[row.owner]
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                queue.send(bytes(1000))
+        rig.owner().hand_up(UpcallReason.NEW_FLOW_IN, row.local_index, inbound(bytes(1000)), rig.peer.at)
+        await until(lambda: rig.memory.counters("control")[WriteFault.FULL] == 1)
+        assert await rig.stat("mp.tun.again") >= 1
+        assert len(set(rig.stack(row.owner))) == 1
+        await rig.pass_both_ways(b"again", port=3)
+
+    rig.play(story)
+
+    assert rig.records("packet for the tun device dropped") == []
+
+
+def test_a_wall_clock_that_was_set_is_told(rig: Rig, wall: Wall) -> None:
+    async def story() -> None:
+        wall.shift_s = 3600
+        await until(lambda: rig.records("clock jumped"))
+        assert await rig.stat("mp.clock.jumps") == 1
+
+    rig.play(story)
+
+    (record,) = rig.records("clock jumped")
+    assert record["seconds"] == pytest.approx(3600, abs=LIMIT_S)
+
+
+def test_the_end_of_our_own_certificate_is_announced_once(rig: Rig, wall: Wall) -> None:
+    async def story() -> None:
+        await until(lambda: rig.memory.passes("control") > 1)
+        assert rig.records("own certificate expires soon") == []
+        wall.shift_s = OUR_IDENTITY.newest.not_after - ANY_TIME - 5 * _DAY_S
+        await until(lambda: rig.records("own certificate expires soon"))
+
+    rig.play(story)
+
+    (record,) = rig.records("own certificate expires soon")
+    assert (record["certName"], record["daysLeft"]) == ("us", 4)
+
+
+def test_after_a_reload_the_end_of_the_new_certificate_is_announced(rig: Rig, wall: Wall) -> None:
+    renewed = Pki.shared().identity("us-again", f"{US}/24", key_of=OUR_IDENTITY)
+
+    async def story() -> None:
+        await rig.reload(checked(-1, rig.config, renewed), rig.key)
+        wall.shift_s = renewed.newest.not_after - ANY_TIME - 5 * _DAY_S
+        await until(lambda: rig.records("own certificate expires soon"))
+
+    rig.play(story)
+
+    (record,) = rig.records("own certificate expires soon")
+    assert record["certName"] == "us-again"
+
+
+def test_datagrams_that_the_kernel_dropped_are_told(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        monkeypatch.setattr(rig.control._udp, "kernel_drops", lambda: 7)
+        await until(lambda: rig.records("udp receive buffer overflowed"))
+        assert await rig.stat("udp.0.drops") == 7
+
+    rig.play(story)
+
+    (record,) = rig.records("udp receive buffer overflowed")
+    assert (record["drops"], record["new"]) == (7, 7)

@@ -2,9 +2,10 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +19,7 @@ from nebula_mp.workers.instance import Instance
 from nebula_mp.workers.local_api import LENGTH, SCHEMA, LocalApi, decode, encode
 from nebula_mp.workers.loop import run
 from nebula_mp.workers.threads import in_thread
+from tests.support.processes import forked
 
 T = TypeVar("T")
 
@@ -42,7 +44,9 @@ async def _slow() -> Mapping[str, object]:
 COMMANDS = {"status": _status, "reload": _reload, "broken": _broken, "slow": _slow}
 
 
-def serving(directory: Path, talk: Callable[[Path], T]) -> tuple[T, list[BaseException]]:
+def serving(
+    directory: Path, talk: Callable[[Path], T], uids: Collection[int] = (os.geteuid(),)
+) -> tuple[T, list[BaseException]]:
     """Run `talk(socket path)` beside a gateway's control socket; its result, and what the loop was told."""
     result: list[T] = []
     errors: list[BaseException] = []
@@ -51,8 +55,8 @@ def serving(directory: Path, talk: Callable[[Path], T]) -> tuple[T, list[BaseExc
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(lambda _, context: errors.append(context["exception"]))
         instance = Instance.claim(str(directory), "nebula1")
-        api = LocalApi(COMMANDS)
-        await api.start(instance.listen())
+        api = LocalApi(COMMANDS, uids)
+        api.start(instance.listen())
         try:
             result.append(await in_thread(lambda: talk(instance.socket_path)))
         finally:
@@ -192,15 +196,73 @@ def test_only_so_many_clients_are_served_at_once(tmp_path: Path, monkeypatch: py
     assert serving(tmp_path, talk)[0] == "nebula1"
 
 
-def test_another_user_is_hung_up_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_api, "peer_credentials", lambda _: (1, os.geteuid() + 1))
-
+@pytest.mark.parametrize(
+    ("uids", "is_served"),
+    [
+        pytest.param((), False, id="nobody"),
+        pytest.param((os.geteuid() + 1,), False, id="another user only"),
+        pytest.param((os.geteuid() + 1, os.geteuid()), True, id="us too"),
+    ],
+)
+def test_only_listed_users_are_served(uids: Collection[int], is_served: bool, tmp_path: Path) -> None:
     def talk(path: Path) -> str:
-        with Client(path) as client, pytest.raises(InstanceError) as caught:
-            client.call("status")
-        return str(caught.value)
+        with Client(path) as client:
+            try:
+                return str(client.call("status")["device"])
+            except InstanceError as error:
+                return str(error)
 
-    assert "hung up" in serving(tmp_path, talk)[0]
+    answer, errors = serving(tmp_path, talk, uids)
+
+    assert answer == "nebula1" if is_served else "hung up" in answer
+    assert errors == []
+
+
+def test_a_process_that_took_the_socket_over_is_not_mistaken_for_the_one_that_opened_it(
+    tmp_path: Path,
+) -> None:
+    instance = Instance.claim(str(tmp_path), "nebula1")
+    listener = instance.listen()
+
+    async def main() -> int:
+        LocalApi(COMMANDS, (os.geteuid(),)).start(listener)
+        await asyncio.sleep(600)
+        return 0
+
+    with forked(lambda: run(main)) as child, Client(instance.socket_path) as client:
+        answer = client.call("status")
+        found = client.pid
+
+    assert answer["device"] == "nebula1"
+    assert found == os.getpid() != child.pid
+    listener.close()
+    instance.release()
+
+
+def test_without_descriptors_to_spare_it_waits_and_goes_on_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_api, "_PAUSE_S", 0.05)
+    refusals = [OSError(errno.EMFILE, "too many"), ConnectionAbortedError(), BlockingIOError()]
+    accept = socket.socket.accept
+    accepted: list[object] = []
+
+    class Listener(socket.socket):
+        def accept(self) -> tuple[socket.socket, object]:
+            accepted.append(None)
+            if refusals:
+                raise refusals.pop(0)
+            return accept(self)
+
+    def talk(path: Path) -> object:
+        with Client(path) as client:
+            return client.call("status")["device"]
+
+    listen = Instance.listen
+    monkeypatch.setattr(Instance, "listen", lambda self: Listener(fileno=listen(self).detach()))
+
+    assert serving(tmp_path, talk) == ("nebula1", [])
+    assert len(accepted) == 4
 
 
 def test_nobody_listening_is_exit_code_3_and_no_right_is_4(

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta, timezone
 from ipaddress import ip_address
+from typing import Literal
 
 import pytest
 
@@ -267,6 +268,77 @@ def test_a_full_disk_keeps_the_last_thousand_lines() -> None:
 
     assert output.lost == 500
     assert list(output._backlog)[-1] == b"1499\n"
+
+
+def test_what_waits_can_be_written_without_a_new_line(pipe: tuple[int, int]) -> None:
+    output = Output(pipe[1])
+    for _ in range(3000):
+        output.write(b"x" * 99 + b"\n", Seconds(0))
+    text, reported = "", []
+    while output.waiting:
+        text += read(pipe[0])
+        reported.append(output.flush(Seconds(0)))
+    text += read(pipe[0])
+
+    assert len(text) == 100 * (3000 - output.lost)
+    assert sum(reported) == output.lost > 0
+
+
+# ---- the pipe that our processes share ----
+
+
+@pytest.fixture
+def shared(pipe: tuple[int, int]) -> tuple[int, int]:
+    os.set_blocking(pipe[1], False)
+    return pipe
+
+
+def test_a_full_shared_pipe_loses_whole_lines_and_counts_them(shared: tuple[int, int]) -> None:
+    log = Logs(LoggingConfig(disable_timestamp=True), shared[1])
+    for number in range(5000):
+        logs.write(LogLevel.INFO, "x" * 100, {"number": number})
+    text = read(shared[0])
+    for _ in range(5):
+        logs.write(LogLevel.INFO, "again")
+        text += read(shared[0])
+    log.close()
+
+    lines = text.splitlines()
+    assert log.output.lost > 1000
+    kept = [line for line in lines if line.startswith("level=INFO msg=" + "x" * 100 + " number=")]
+    assert len(kept) == 5000 - log.output.lost
+    assert set(lines) - set(kept) == {
+        "level=INFO msg=again",
+        f'level=WARN msg="log lines lost" count={log.output.lost}',
+    }
+
+
+@pytest.mark.parametrize("style", ["text", "json"])
+def test_a_long_record_on_a_shared_pipe_is_one_piece_and_keeps_the_end_of_its_stack(
+    style: Literal["text", "json"], shared: tuple[int, int]
+) -> None:
+    log = Logs(LoggingConfig(format=style), shared[1])
+    stack = "".join(f'line {number} "quoted"\n' for number in range(2000)) + "ZeroDivisionError"
+    logs.write(LogLevel.ERROR, "unexpected", {"error": "e" * 5000, "stack": stack, "number": 7})
+    log.close()
+
+    line = read(shared[0])
+    assert len(line.encode()) <= 4096
+    assert line.count("\n") == 1
+    assert "ZeroDivisionError" in line
+    if style == "json":
+        assert json.loads(line)["number"] == 7
+        assert json.loads(line)["stack"].startswith("...")
+
+
+def test_a_message_that_is_too_long_by_itself_is_cut(shared: tuple[int, int]) -> None:
+    log = Logs(LoggingConfig(disable_timestamp=True), shared[1])
+    logs.write(LogLevel.INFO, "x" * 5000, {"a": "b"})
+    log.close()
+
+    line = read(shared[0])
+    assert line.startswith("level=INFO msg=xxx")
+    assert (len(line), line[-1]) == (4096, "\n")
 
 
 # ---- rate limit ----

@@ -6,6 +6,7 @@ import pytest
 
 from nebula_mp.config.model import (
     Config,
+    DrainMode,
     FirewallConfig,
     HandshakesConfig,
     ListenConfig,
@@ -32,7 +33,11 @@ RUNNING = Config(pki=PkiConfig(ca="a", cert="b", key="c"), tun=TunConfig(dev="ne
         (replace(RUNNING, tun=TunConfig(dev="nebula2")), "tun.dev"),
         (replace(RUNNING, tun=TunConfig(dev="nebula1", tx_queue=1)), "tun.tx_queue"),
         (replace(RUNNING, tun=TunConfig(dev="nebula1", drop_multicast=True)), "tun.drop_multicast"),
+        (replace(RUNNING, routines=4), "routines"),
         (replace(RUNNING, mp=MpConfig(run_dir="/tmp/x")), "mp.run_dir"),
+        (replace(RUNNING, mp=MpConfig(workers=2)), "mp.workers"),
+        (replace(RUNNING, mp=MpConfig(drain=DrainMode.WRITER)), "mp.drain"),
+        (replace(RUNNING, mp=MpConfig(user="nebula")), "mp.user"),
     ],
 )
 def test_what_needs_a_restart_keeps_its_running_value_and_is_named(new: Config, key: str) -> None:

@@ -1,0 +1,107 @@
+"""The tools of the end-to-end tests, each shown to find what it is there to find."""
+
+import os
+from ipaddress import IPv4Address
+
+from nebula_mp.newtypes import Counter, TunnelIndex
+from nebula_mp.wire.header import Header, MessageType
+from tests.support import packets
+from tests.support.datagrams import Sequence
+from tests.support.memory import scan
+from tests.support.nodes import Process
+from tests.support.processes import forked
+from tests.support.wiretap import Report, Watch
+
+LEFT, RIGHT = IPv4Address("10.99.1.2"), IPv4Address("10.99.2.2")
+
+
+def sequence(*arrived: int, sent: int = 10) -> Sequence:
+    """`sent` datagrams, one each 50 ms."""
+    return Sequence("flow", [0.05 * number for number in range(sent)], list(arrived))
+
+
+def test_a_datagram_behind_a_later_one_is_late_and_one_of_the_beginning_is_not_judged() -> None:
+    assert sequence(*range(10)).late(after_s=0.1) == []
+    assert sequence(0, 1, 2, 3, 5, 4, 6, 7, 9, 8).late(after_s=0.1) == [4, 8]
+    assert sequence(2, 1, 0, 3, 4, 5).late(after_s=0.1) == []
+    assert sequence(5, 3, 4).late(after_s=0.1) == [3, 4]
+
+
+def test_lost_and_repeated_datagrams_are_told_apart() -> None:
+    found = sequence(0, 1, 1, 3, 3, 3, 4, sent=6)
+
+    assert (found.lost, found.twice) == ([2, 5], [1, 3, 3])
+    assert found.late(after_s=0) == []
+
+
+def sealed(counter: int, content: bytes, kind: MessageType = MessageType.MESSAGE, index: int = 7) -> bytes:
+    datagram = Header(kind, 0, TunnelIndex(index), Counter(counter)).encode() + content
+    return packets.ipv4(LEFT, RIGHT, packets.UDP, packets.udp(LEFT, RIGHT, 4242, 4242, datagram))
+
+
+def watched(*seen: bytes) -> Report:
+    watch = Watch()
+    for packet in seen:
+        watch.handle(packet)
+    return Report(**watch.fields(missed=0))
+
+
+def test_a_counter_used_for_two_contents_is_a_clash_and_the_same_bytes_again_are_none() -> None:
+    report = watched(
+        sealed(3, b"one"), sealed(4, b"one"), sealed(3, b"one"), sealed(4, b"two"), sealed(5, b"")
+    )
+
+    assert report.clashes == {str(LEFT): [[7, 4]]}
+    assert report.resent == {str(LEFT): 1}
+    assert report.sealed == {str(LEFT): 3}
+
+
+def test_counters_are_compared_within_one_tunnel_only_and_not_in_handshakes() -> None:
+    report = watched(
+        sealed(3, b"one"),
+        sealed(3, b"two", index=8),
+        sealed(1, b"stage 1", MessageType.HANDSHAKE, index=0),
+        sealed(1, b"another stage 1", MessageType.HANDSHAKE, index=0),
+        b"\x45" + bytes(30),
+    )
+
+    assert (report.clashes, report.resent) == ({}, {})
+    assert report.datagrams == {str(LEFT): {"MESSAGE": 2, "HANDSHAKE": 2}}
+
+
+def test_a_secret_in_a_childs_memory_is_found_and_one_that_is_not_there_is_not() -> None:
+    secret, other = bytearray(os.urandom(32)), os.urandom(32)
+    read_ready, ready = os.pipe()
+    silence, never_written = os.pipe()
+
+    def hold() -> None:
+        held = bytes(secret)
+        os.write(ready, b"x")
+        os.read(silence, 1)
+        assert held
+
+    with forked(hold) as child:
+        os.read(read_ready, 1)
+        found = scan(child.pid, {"secret": bytes(secret), "reversed": bytes(reversed(other))})
+    for descriptor in (read_ready, ready, silence, never_written):
+        os.close(descriptor)
+
+    assert {find.what for find in found.finds} == {"secret"}
+    assert found.unread == []
+    assert found.scanned_bytes > 1_000_000
+
+
+def test_a_process_is_named_as_in_the_log() -> None:
+    row = {
+        "role": "reader",
+        "worker": 1,
+        "pid": 5,
+        "core": 0,
+        "cpu_s": 0.1,
+        "state": "running",
+        "restarts": 0,
+    }
+    row |= {"uptime_s": 1.0, "packets_in": 0, "packets_out": 0, "ring_fill": 0}
+
+    assert Process.parse(row).name == "reader/1"
+    assert Process.parse({**row, "role": "control", "worker": None}).name == "control"

@@ -1,0 +1,184 @@
+"""A process that watches the wire between the sites for as long as a test lasts, and reports in numbers.
+
+Data flow: router's devices -> packet socket -> [support.wiretap] -> one JSON line -> Report -> tests/e2e
+`netns.Recorder` keeps every datagram in the test's own process; this one keeps up with tens of thousands a
+second because it keeps only a hash of each. Knows the Nebula header and nothing behind it.
+Source: packet(7), RFC 768, RFC 791, RFC 8200, docs/wire-format.md.
+"""
+
+import json
+import select
+import socket
+import struct
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+from nebula_mp.wire.header import HEADER_BYTES, MessageType
+from tests.support.netns import Site, Wire
+from tests.support.peers import CLONE
+
+_ETH_P_ALL = 0x0003
+_PACKET_HOST = 0
+_SOL_PACKET = 263
+_PACKET_STATISTICS = 6
+_PACKET_IGNORE_OUTGOING = 23
+_SO_RCVBUFFORCE = 33
+_BUFFER_BYTES = 128 << 20
+_PROTOCOL_UDP = 17
+_HEADER = struct.Struct("!BBHIQ")
+_CLEAR = (MessageType.HANDSHAKE, MessageType.RECV_ERROR)  # their counters say nothing about a key
+_END_WITHIN_S = 30.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was on the wire, by the address that sent it."""
+
+    datagrams: Mapping[str, Mapping[str, int]]  # source address -> name of the message type -> how many
+    sealed: Mapping[str, int]  # source address -> different (remote index, counter)
+    resent: Mapping[str, int]  # source address -> the same bytes again
+    clashes: Mapping[str, list[list[int]]]  # source address -> (remote index, counter) with two contents
+    missed: int  # datagrams the kernel had no room to show us
+
+    def count(self, site: Site, kind: MessageType) -> int:
+        """How many datagrams of that type left the site."""
+        found = (self.datagrams.get(str(address), {}) for address in site.addresses.values())
+        return sum(each.get(kind.name, 0) for each in found)
+
+
+class Watch:
+    """What has been seen; no sockets. `handle` takes IP packets."""
+
+    def __init__(self) -> None:
+        self._datagrams: dict[bytes, Counter[int]] = {}
+        self._contents: dict[tuple[bytes, int, int], int] = {}
+        self._resent: Counter[bytes] = Counter()
+        self._clashes: set[tuple[bytes, int, int]] = set()
+
+    def handle(self, packet: bytes) -> None:
+        """Take note of one IP packet; what is no UDP datagram with a Nebula header is passed over."""
+        if packet[0] >> 4 == 4:
+            protocol, source, start = packet[9], packet[12:16], (packet[0] & 15) * 4 + 8
+        else:
+            protocol, source, start = packet[6], packet[8:24], 48
+        if protocol != _PROTOCOL_UDP or len(packet) < start + HEADER_BYTES:
+            return
+        first, _, _, index, counter = _HEADER.unpack_from(packet, start)
+        kind = first & 15
+        self._datagrams.setdefault(source, Counter())[kind] += 1
+        if kind in _CLEAR:
+            return
+        key, content = (source, index, counter), hash(packet[start:])
+        before = self._contents.get(key)
+        if before is None:
+            self._contents[key] = content
+        elif before == content:
+            self._resent[source] += 1
+        else:
+            self._clashes.add(key)
+
+    def fields(self, missed: int) -> dict[str, Any]:
+        """Those of a Report."""
+        sealed = Counter(source for source, _, _ in self._contents)
+        return {
+            "datagrams": {
+                _text(source): {_name(kind): amount for kind, amount in counts.items()}
+                for source, counts in self._datagrams.items()
+            },
+            "sealed": {_text(source): amount for source, amount in sealed.items()},
+            "resent": {_text(source): amount for source, amount in self._resent.items()},
+            "clashes": {
+                _text(source): sorted(
+                    [index, counter] for who, index, counter in self._clashes if who == source
+                )
+                for source in {who for who, _, _ in self._clashes}
+            },
+            "missed": missed,
+        }
+
+
+def _name(kind: int) -> str:
+    try:
+        return MessageType(kind).name
+    except ValueError:
+        return f"type {kind}"
+
+
+def _text(source: bytes) -> str:
+    return socket.inet_ntop(socket.AF_INET if len(source) == 4 else socket.AF_INET6, source)
+
+
+class Wiretap:
+    """Watches from its making to `finish`; a context manager that ends the process in any case."""
+
+    def __init__(self, wire: Wire) -> None:
+        argv = wire.router.command("env", f"PYTHONPATH={CLONE}", sys.executable, "-m", __name__)
+        self._process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        try:
+            assert self._line() == "ready\n"
+        except BaseException:
+            self._end()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def finish(self) -> Report:
+        """Watch no more; what was seen."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        return Report(**json.loads(self._line()))
+
+    def _line(self) -> str:
+        output = self._process.stdout
+        assert output is not None
+        assert select.select([output], [], [], _END_WITHIN_S)[0], "the wiretap says nothing"
+        return output.readline().decode()
+
+    def _end(self) -> None:
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
+        self._process.kill()
+        self._process.wait()
+
+
+def _watch_until_closed(stdin: BinaryIO) -> dict[str, Any]:
+    """Watch all devices of this namespace until the other end closes our stdin."""
+    watch = Watch()
+    with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_ETH_P_ALL)) as tap:
+        tap.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
+        tap.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
+        tap.setblocking(False)
+        print("ready", flush=True)
+        ending = False
+        while not ending:
+            ready, _, _ = select.select([tap.fileno(), stdin.fileno()], [], [])
+            ending = stdin.fileno() in ready
+            _drain(tap, watch)
+        missed = struct.unpack("=II", tap.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8))[1]
+    return watch.fields(missed)
+
+
+def _drain(tap: socket.socket, watch: Watch) -> None:
+    while True:
+        try:
+            packet, address = tap.recvfrom(65535)
+        except BlockingIOError:
+            return
+        if address[2] == _PACKET_HOST:
+            watch.handle(packet)
+
+
+if __name__ == "__main__":
+    print(json.dumps(_watch_until_closed(sys.stdin.buffer)), flush=True)
