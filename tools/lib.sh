@@ -1,4 +1,4 @@
-# Shared by tools/demo, tools/test and tools/get-peers; sourced, not run. POSIX sh.
+# Shared by tools/demo, tools/test, tools/get-peers and tools/iperf_harness/run; sourced, not run. POSIX sh.
 # Brings a machine to the point where the clone's own virtual environment works, and says what it does.
 
 top=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
