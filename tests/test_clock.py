@@ -16,6 +16,14 @@ def test_the_monotonic_clock_is_the_one_that_counts_suspend() -> None:
     assert before <= read <= time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
+def test_the_cpu_clock_is_the_processs_own() -> None:
+    before = time.process_time_ns()
+
+    read_us = clock.process_cpu_us()
+
+    assert before // 1000 <= read_us <= time.process_time_ns() // 1000
+
+
 def test_an_instant_holds_both_clocks_of_one_moment() -> None:
     before = time.time_ns()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from nebula_mp.newtypes import CertVersion
 from nebula_mp.privileges import SUPERVISOR_AS_ROOT, inspect_process
 from tests.support.processes import eventually
 from tests.support.supervised import (
@@ -243,6 +244,13 @@ def test_five_deaths_in_a_short_time_give_a_worker_up_while_another_is_left(gate
     assert gateway.starts("writer/1") == 5
     assert gateway.starts("reader/1") == 1
     assert not is_alive(gateway.child("reader/1"))
+    assert "numqueues 1 numdisabled 1" in gateway.in_network("ip", "-d", "link", "show", "dev", DEVICE)
+    gateway.kill("reader/0")
+    gateway.wait_for_start("reader/0", 2)
+    assert [record["live"] for record in gateway.records("begins", who="reader/0")] == [[1, 1], [1, 0]]
+    gateway.kill("control")
+    gateway.wait_for_start("control", 2)
+    assert [record["owners"] for record in gateway.records("begins", who="control")] == [[0, 1], [0, 0]]
     states = {
         (process["role"], process["worker"]): process["state"]
         for process in gateway.ask(Order.ASK_WORKERS)["result"]["processes"]
@@ -438,6 +446,47 @@ def test_a_reload_changes_the_device_and_tells_control_and_services(running: Sup
     assert running.records("one of control's")
     assert running.records("Caught HUP, reloading config")
     assert running.starts("control") == 1
+
+
+def test_readers_are_replaced_when_a_certificate_with_more_networks_is_loaded(gateway: Supervised) -> None:
+    gateway.certify("10.42.0.1/24", versions=(CertVersion.V1,))
+    gateway.start()
+    gateway.certify("10.42.0.1/24", "10.43.0.1/16", versions=(CertVersion.V1, CertVersion.V2))
+    gateway.send(signal.SIGHUP)
+
+    gateway.wait_for_start("reader/0", 2)
+
+    overlays = [record["overlay"] for record in gateway.records("begins", who="reader/0")]
+    assert overlays == [["10.42.0.0/24"], ["10.42.0.0/24", "10.43.0.0/16"]]
+    assert " 10.43.0.1/16 " in gateway.in_network("ip", "-o", "address", "show", "dev", DEVICE)
+    assert not gateway.records("worker ended")
+    assert gateway.starts("writer/0") == 1
+
+
+def test_certificates_that_may_not_follow_those_in_force_change_nothing(running: Supervised) -> None:
+    running.certify("10.44.0.1/24")
+
+    answer = running.ask(Order.ASK_RELOAD)
+
+    assert "restart to change addresses" in answer["error"]
+    assert " 10.42.0.1/24 " in running.in_network("ip", "-o", "address", "show", "dev", DEVICE)
+    assert not running.records("heard", who="control", kind="reload")
+
+
+def test_the_level_of_the_log_can_be_changed(running: Supervised) -> None:
+    running.configure(level="error")
+    running.ask(Order.ASK_RELOAD)
+    started = len(running.records("worker started"))
+
+    running.kill("writer/0")
+
+    def restarts() -> int:
+        processes = running.ask(Order.ASK_WORKERS)["result"]["processes"]
+        return sum(process["restarts"] for process in processes if process["state"] == "running")
+
+    assert soon(lambda: restarts() == 1)
+    assert len(running.records("worker started")) == started
+    assert not running.records("worker ended")
 
 
 def test_a_reload_by_command_answers_with_its_warnings(running: Supervised) -> None:

@@ -136,10 +136,12 @@ class Check:
         self._key = key
 
     @classmethod
-    def begin(cls, load: Load) -> Self:
+    def begin(cls, load: Load, *, replaces: Checked | None = None) -> Self:
         """Fork the child, which runs `load`, reads the files under `pki` and judges them all.
 
-        Forks this process as it is, so it is for one without threads. Raises SystemCallError.
+        With `replaces`, which is in force, certificates that may not follow its own are refused as well, so
+        that nothing is touched for their sake. Forks this process as it is, so it is for one without threads.
+        Raises SystemCallError.
         """
         with contextlib.ExitStack() as undo:
             try:
@@ -147,7 +149,7 @@ class Check:
                 key = _memfd("private key", undo)
                 ended, alive = os.pipe2(os.O_CLOEXEC)
                 undo.callback(os.close, ended)
-                pid = _fork(lambda parent: _child(load, answer, key, parent), alive)
+                pid = _fork(lambda parent: _child(load, replaces, answer, key, parent), alive)
             except OSError as error:
                 name = errno.errorcode.get(error.errno or 0, str(error))
                 raise SystemCallError(f"configuration: no process to check it in ({name})") from None
@@ -226,7 +228,7 @@ def _fork(child: Callable[[int], NoReturn], alive: int) -> int:
     return pid
 
 
-def _child(load: Load, answer: int, key: int, parent: int) -> NoReturn:
+def _child(load: Load, replaces: Checked | None, answer: int, key: int, parent: int) -> NoReturn:
     """Be the child: everything of the parent's is there, and nothing of it may be undone or run on."""
     code = 1
     try:
@@ -238,7 +240,7 @@ def _child(load: Load, answer: int, key: int, parent: int) -> NoReturn:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold the key
         die_with_parent(parent)
         try:
-            verdict = _GOOD + encode(_check(load, key))
+            verdict = _GOOD + encode(_check(load, replaces, key))
         except NebulaError as error:
             verdict = _REFUSED + _refusal(error)
         _write(answer, verdict)
@@ -256,12 +258,14 @@ def _child(load: Load, answer: int, key: int, parent: int) -> NoReturn:
         os._exit(code)
 
 
-def _check(load: Load, key: int) -> Checked:
+def _check(load: Load, replaces: Checked | None, key: int) -> Checked:
     loaded = load()
     at = clock.wall_s()
     config = loaded.config
     texts = read_texts(config.pki)
     pki = check_pki(texts, config.pki, at)
+    if replaces is not None:
+        pki.identity.check_replaces(read_pki(replaces).identity)
     _write(key, texts.key.text.encode())
     fcntl.fcntl(key, fcntl.F_ADD_SEALS, _SEALS)
     return Checked(

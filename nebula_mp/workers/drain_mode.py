@@ -124,7 +124,7 @@ class _Sum:
     def add(self, before: Senses, after: Senses) -> None:
         self.time += after.at - before.at
         self.delay += after.own_delay - before.own_delay
-        self.moved_bytes += max(0, after.moved_bytes - before.moved_bytes)
+        self.moved_bytes += after.moved_bytes - before.moved_bytes
 
     @property
     def rate(self) -> float:

@@ -88,7 +88,7 @@ class Reloading:
         self._number += 1
         notify_reloading()
         try:
-            self._check = Check.begin(self._load)
+            self._check = Check.begin(self._load, replaces=self.running)
         except NebulaError as error:
             self._failed(error)
             return

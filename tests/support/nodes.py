@@ -318,11 +318,20 @@ class Node:
         return f"{self.program} at {self.site.name}"
 
     def report(self, *, lines: int = 60) -> str:
-        """The end of its log and how the process is, for the report of a failed test."""
+        """The end of its log, its counters and how the process is, for the report of a failed test."""
         code = None if self.process is None else self.process.poll()
         state = "not started" if self.process is None else "running" if code is None else f"ended with {code}"
         tail = "\n".join(self.log.splitlines()[-lines:])
-        return f"{self.label} ({self.effective}): {state}\n{tail}"
+        counters = self._counters() if self.is_ours and state == "running" else ""
+        return f"{self.label} ({self.effective}): {state}\n{tail}\n{counters}"
+
+    def _counters(self) -> str:
+        try:
+            return " ".join(
+                f"{name}={amount}" for name, amount in self.call("status", within_s=0)["stats"].items()
+            )
+        except AssertionError as error:
+            return str(error)
 
 
 @dataclass(frozen=True)

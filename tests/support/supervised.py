@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from mmap import mmap
 from pathlib import Path
-from select import select
+from select import POLLERR, poll, select
 from typing import Any, Final
 
 from nebula_mp import clock, supervisor
@@ -40,6 +40,7 @@ from nebula_mp.newtypes import CertVersion
 from nebula_mp.shm import GENERATION, load_word
 from nebula_mp.shm_ring import LEASE, holder_word
 from nebula_mp.shm_stats import SLOTS, StatsPage
+from nebula_mp.shm_table import LIVE
 from nebula_mp.workers import logs, restarts
 from nebula_mp.workers.channel import Channel, Message
 from nebula_mp.workers.checked import Check
@@ -153,7 +154,7 @@ class StandIn:
                 return 0
 
     def begin(self) -> None:
-        fields = {}
+        fields: dict[str, object] = {}
         if isinstance(self.parts, ReaderParts):
             rings = self.parts.memory
             fields = {
@@ -163,7 +164,10 @@ class StandIn:
                 + [load_word(ring.data, GENERATION) for ring in rings.strangers_in.values()],
                 "lease": load_word(self.parts.seal_ring.state, LEASE),
                 "overlay": [str(network) for network in self.parts.overlay],
+                "live": [load_word(span, LIVE) for span in rings.spans],
             }
+        if isinstance(self.parts, ControlParts):
+            fields = {"owners": self.parts.owners}
         self.say("begins", start=self.parts.start, **fields)
 
     def take_lease(self) -> None:
@@ -177,6 +181,12 @@ class StandIn:
 
     def turn(self) -> bool:
         """Whether it is over."""
+        if isinstance(self.parts, ReaderParts | WriterParts):
+            tun = poll()
+            tun.register(self.parts.tun, POLLERR)
+            if tun.poll(0):
+                self.orders.give(self.parts.name, Order.LOSE_DESCRIPTOR)
+                return False
         time.sleep(_NAP_S)
         return False
 
@@ -281,21 +291,22 @@ class Supervised:
         self.result_path = home / "result"
         self.notes_path = home / "config.json"
         self.process: Forked | None = None
-        self._write_pki()
+        self.certify("10.42.0.1/24")
 
-    def _write_pki(self) -> None:
+    def certify(self, *networks: str, versions: tuple[CertVersion, ...] = (CertVersion.V2,)) -> None:
+        """Give it certificates with these addresses, from the next load of the configuration on."""
         pki = Pki.shared()
-        identity = pki.identity("host", "10.42.0.1/24")
+        identity = pki.identity("host", *networks, versions=versions)
         for name, text in (
             ("ca.crt", encode_pem(pki.ca)),
-            ("host.crt", encode_pem(identity.certificates[CertVersion.V2])),
+            ("host.crt", "".join(map(encode_pem, identity.certificates.values()))),
             ("host.key", encode_private_key(identity.private_key)),
         ):
             (self.home / name).write_text(text)
             (self.home / name).chmod(0o600)
 
     def configure(self, **notes: object) -> None:
-        """What the next load of the configuration finds: `workers`, `mtu`, `dev`, `port`, `bad`."""
+        """What the next load of the configuration finds: `workers`, `mtu`, `dev`, `port`, `so_mark`, `level`, `bad`."""
         self.notes_path.write_text(json.dumps(notes))
 
     def load(self) -> LoadedConfig:
@@ -310,7 +321,7 @@ class Supervised:
             ),
             listen=ListenConfig(host="127.0.0.1", port=notes.get("port", 0), so_mark=notes.get("so_mark", 0)),
             tun=TunConfig(dev=notes.get("dev", DEVICE), mtu=notes.get("mtu", 1300)),
-            logging=LoggingConfig(level=LogLevel.INFO, format="json"),
+            logging=LoggingConfig(level=LogLevel(notes.get("level", "info")), format="json"),
             mp=MpConfig(
                 run_dir=str(self.home / "run"),
                 workers=notes.get("workers", 1),

@@ -218,6 +218,16 @@ def test_a_file_that_cannot_be_used_is_told_as_if_it_were_read_here(
     assert (type(caught.value), str(caught.value)) == (type(direct.value), str(direct.value))
 
 
+def test_certificates_that_may_not_follow_those_in_force_are_refused(checked: Checked, by_path: Path) -> None:
+    moved = SHARED.identity("host", "10.42.0.9/24", "fd00:42::1/64", key_of=IDENTITY)
+    (by_path.parent / "host.crt").write_text(encode_pem(moved.certificates[CertVersion.V2]))
+
+    with pytest.raises(CertError, match=r"10\.42\.0\.9/24.*restart to change addresses"):
+        Check.begin(lambda: load_config(by_path), replaces=checked).finish()
+
+    os.close(check(lambda: load_config(by_path)).key)  # to start with, they are good
+
+
 def failing(error: BaseException) -> Callable[[], LoadedConfig]:
     def load() -> LoadedConfig:
         raise error
@@ -266,7 +276,7 @@ def test_a_child_that_is_killed_is_an_error_and_not_a_good_configuration() -> No
 
 def test_somebody_who_waits_for_any_child_does_not_spoil_the_answer(by_path: Path) -> None:
     running = Check.begin(lambda: load_config(by_path))
-    os.waitpid(-1, 0)
+    os.waitpid(running._pid, 0)
 
     found = running.finish()
 
@@ -313,13 +323,14 @@ def test_a_check_given_up_leaves_neither_process_nor_descriptor() -> None:
         raise AssertionError
 
     running = Check.begin(load)
+    pid = running._pid
     running.close()
     running.close()
 
     assert descriptors() == before
     assert running.fileno() == -1
     with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+        os.waitpid(pid, os.WNOHANG)
 
 
 @pytest.mark.parametrize("load", [failing(CertError("no")), failing(ZeroDivisionError())])

@@ -61,6 +61,23 @@ def test_a_reader_that_drains_needs_no_writer(make_rig: MakeRig, drain: DrainMod
     rig.site.check_ledger()
 
 
+def test_a_full_ring_is_drained_before_it_is_filled(make_rig: MakeRig) -> None:
+    """Its writer left it so, and died."""
+    rig = make_rig()
+    producer = rings.produce(rig.site.seal[0])
+    for number in range(8):
+        assert producer.try_begin()
+        assert producer.try_add(b"%d" % number, 0, INDEX_NEAR & 0xFFFF)
+        producer.publish()
+    rig.give(1)
+
+    rig.start(Role.READER)
+
+    assert [receive(rig.site.far) for _ in range(8)] == [b"%d" % number for number in range(8)]
+    assert counter_of(receive(rig.site.far)) == 3
+    assert rig.count(Drop.SEAL_RING_FULL) == 0
+
+
 def test_a_reader_in_mode_writer_leaves_the_rings_to_its_writer_and_rings_the_bell(make_rig: MakeRig) -> None:
     rig = make_rig(drain=DrainMode.WRITER)
     rig.start(Role.READER)

@@ -115,7 +115,8 @@ class Course:
         closing.callback(self.events.close)
         closing.callback(self.reloading.close)
 
-    def _begin(self, _: object) -> StandInCheck:
+    def _begin(self, _: object, *, replaces: Checked) -> StandInCheck:
+        assert replaces == self.reloading.running
         if not self.has_room:
             raise SystemCallError("configuration: no process to check it in (EAGAIN)")
         self.checks.append(StandInCheck())
