@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from nebula_mp import supervisor
+from nebula_mp.errors import SystemCallError
 from nebula_mp.newtypes import CertVersion
 from nebula_mp.privileges import SUPERVISOR_AS_ROOT, inspect_process
+from nebula_mp.workers.host import Host
 from tests.support.processes import eventually
 from tests.support.supervised import (
     DEVICE,
@@ -382,6 +385,46 @@ def test_a_device_that_was_deleted_is_made_again_and_all_workers_with_it(gateway
     assert " 10.42.0.1/24 " in gateway.in_network("ip", "-o", "address", "show", "dev", DEVICE)
     assert gateway.starts("control") == 1
     assert not gateway.records("worker ended")
+
+
+def test_a_device_that_nobody_uses_is_missed_all_the_same(running: Supervised) -> None:
+    for name in ("writer/0", "reader/0"):
+        running.orders.give(name, Order.BE_DEAF)
+        running.wait("deaf", who=name)
+
+    delete_device(running)
+
+    running.wait_for_start("reader/0", 2)
+    assert running.records("tun device opened again")
+
+
+def test_no_worker_is_started_while_there_is_no_device(gateway: Supervised) -> None:
+    blocked = gateway.home / "blocked"
+    reopen = Host.reopen_device
+
+    def refuse(host: Host) -> None:
+        if blocked.exists():
+            raise SystemCallError("not yet")
+        reopen(host)
+
+    def prepare() -> None:
+        setattr(Host, "reopen_device", refuse)  # noqa: B010 - in the supervisor's process only
+        setattr(supervisor, "_TUN_REOPENS_MAX", 10**6)  # noqa: B010
+
+    gateway.start(prepare=prepare)
+    gateway.orders.give("reader/0", Order.CRASH, sticky=True)
+    gateway.wait("worker keeps failing")
+    blocked.touch()
+    delete_device(gateway)
+    gateway.wait("tun device not opened again", count=8)  # by now its pause is over
+    gateway.orders.give("reader/0", Order.NOTHING)
+    blocked.unlink()
+    gateway.wait("tun device opened again")
+
+    said = gateway.messages()
+    meanwhile = said[said.index("tun device lost") : said.index("tun device opened again")]
+    assert "worker started" not in meanwhile
+    assert gateway.stop().code == 0
 
 
 def test_a_worker_that_lost_a_descriptor_of_a_device_that_is_there_is_only_replaced(

@@ -41,7 +41,7 @@ class Watch:
         self._seen[start] = _Seen(passes)
 
     def look(self, now: Seconds, passes: Mapping[int, int]) -> tuple[int, ...]:
-        """Give those who are stuck. `passes`: the count of each, by a number no two starts have in common."""
+        """Give those who are stuck, each once. `passes`: the count of each, by the number of its start."""
         is_on_time = self._looked is not None and now - self._looked <= 2 * INTERVAL
         self._looked = now
         before, self._seen = self._seen, {}
@@ -51,8 +51,8 @@ class Watch:
             if seen.passes != count:
                 seen = _Seen(count, has_moved=True)
             elif is_on_time:
-                seen.still += 1
+                seen.still += 1  # goes on: one that takes its time to die is not reported again
             self._seen[start] = seen
-            if seen.still > (LOOKS if seen.has_moved else LOOKS_AT_START):
+            if seen.still == 1 + (LOOKS if seen.has_moved else LOOKS_AT_START):
                 stuck.append(start)
         return tuple(stuck)

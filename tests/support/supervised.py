@@ -66,7 +66,7 @@ class Order(IntEnum):
     LOSE_DESCRIPTOR = 3
     CONTRADICT = 4  # as a ring of its own does
     HANG = 5  # without showing that it lives
-    BE_DEAF = 6  # live, but never do what it is told
+    BE_DEAF = 6  # live, but never do what it is told, nor notice anything
     TAKE_LEASE = 7  # of the seal ring, as who drains it
     # control only:
     FIND_BAD_RING = 10  # in the upcalls of worker 0
@@ -181,7 +181,7 @@ class StandIn:
 
     def turn(self) -> bool:
         """Whether it is over."""
-        if isinstance(self.parts, ReaderParts | WriterParts):
+        if isinstance(self.parts, ReaderParts | WriterParts) and not self.deaf:
             tun = poll()
             tun.register(self.parts.tun, POLLERR)
             if tun.poll(0):

@@ -32,6 +32,7 @@ def test_a_count_that_stands_still_for_two_seconds_is_stuck() -> None:
     found = [looking.look(8) for _ in range(LOOKS + 1)]
 
     assert found == [False] * LOOKS + [True]
+    assert not looking.look(8)  # it was said, and is dying
     assert LOOKS * INTERVAL == 2
 
 
@@ -75,7 +76,8 @@ def test_each_is_judged_by_itself() -> None:
     watch = Watch()
     for start in (1, 2):
         watch.handle_start(start, 0)
-    for number in range(LOOKS + 3):
-        stuck = watch.look(Seconds(number * INTERVAL), {1: min(number, 1), 2: number})
+    found = [
+        watch.look(Seconds(number * INTERVAL), {1: min(number, 1), 2: number}) for number in range(LOOKS + 3)
+    ]
 
-    assert stuck == (1,)
+    assert found == [()] * (LOOKS + 2) + [(1,)]
