@@ -83,7 +83,7 @@ class Drop(StrEnum):
     TUN_INNER_IP = "drop.tun.inner_ip"
     REFUSED_OUT = "drop.firewall.outgoing.no_rule"  # as above
     SEAL_RING_FULL = "mp.ring.full.seal"
-    EXHAUSTED = "drop.exhausted"  # no counter: at its end, or its lock was held for more than a millisecond
+    EXHAUSTED = "drop.exhausted"  # no counter: at its end, or its lock was held for more than 50 ms
     # Both ways to control.
     UPCALL_LIMITED = "mp.upcalls.limited"
     UPCALL_RING_FULL = "mp.ring.full.upcall"
@@ -258,7 +258,8 @@ class Sealer(Protocol):
     def is_holding(self) -> bool:
         """Whether packets are held back, since another worker is too far behind or has the counter's lock.
 
-        Then nothing more is read: poll again within a millisecond, after which they go or are dropped.
+        Then nothing more is read: poll again within a millisecond. They go after that, or are dropped if the
+        lock is not given up for 50 ms.
         """
 
     def waiting(self) -> int:

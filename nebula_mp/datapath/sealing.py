@@ -32,7 +32,12 @@ from nebula_mp.wire.ip import parse_flow
 
 OVERHEAD_BYTES: Final = HEADER_BYTES + TAG_BYTES
 HOLD: Final = Seconds(0.001)
-"""So long a run is held back for another worker to send, or to give up the lock."""
+"""So long a run is held back for another worker to send."""
+
+LOCK_HOLD: Final = Seconds(0.05)
+"""So long a run is held back for another process to give up the counter's lock. It lost its core while it had
+it, and has it back a few time slices later: with 15 tasks on 2 cores a millisecond cost 10 to 20 packets of
+4,000. Who was stopped for good costs every run this much, until the supervisor kills it."""
 
 _PACKET_BYTES_MAX: Final = 65_535
 _ARENA_BYTES: Final = 4 * _PACKET_BYTES_MAX
@@ -212,7 +217,7 @@ class PythonSealer:
     def _try_seal(self, run: _Run, now: Seconds) -> bool:
         """Seal a run, or see to it that it goes elsewhere; False when it is to be held back."""
         count = len(run.packets)
-        overdue = self._held_since is not None and now - self._held_since >= HOLD
+        held = Seconds(0) if self._held_since is None else Seconds(now - self._held_since)
         # Again when the tunnel ended in between: its successor may be there already.
         for _ in range(2):
             tunnel = self._tunnel(run.peer)
@@ -223,7 +228,7 @@ class PythonSealer:
                 return True
             row, generation = tunnel.local_index & 0xFFFF, tunnel.generation
             beyond = self._counters.beyond_span
-            first = self._counters.reserve(row, generation, count, self._area(), regardless=overdue)
+            first = self._counters.reserve(row, generation, count, self._area(), regardless=held >= HOLD)
             self._stats.add(_BEYOND, self._counters.beyond_span - beyond)
             if not isinstance(first, Refusal):
                 self._seal(run, tunnel, first)
@@ -231,7 +236,7 @@ class PythonSealer:
                 return True
             if first is Refusal.BUSY:
                 self._stats.add(_BUSY)
-            if first is Refusal.EXHAUSTED or (first is not Refusal.GONE and overdue):
+            if first is Refusal.EXHAUSTED or (first is Refusal.BUSY and held >= LOCK_HOLD):
                 self._drops.count(Drop.EXHAUSTED, count)
                 return True
             if first is not Refusal.GONE:

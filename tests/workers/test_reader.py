@@ -203,7 +203,7 @@ def test_a_reader_whose_writer_was_stopped_with_the_lease_goes_on_and_never_wait
 # Packets held back for a counter.
 
 
-def test_packets_held_back_are_dropped_a_millisecond_later_and_the_next_ones_go(make_rig: MakeRig) -> None:
+def test_packets_held_back_are_dropped_50_milliseconds_later_and_the_next_ones_go(make_rig: MakeRig) -> None:
     """Another process keeps the lock of the tunnel's counter, as one that was stopped would."""
     rig = make_rig()
     lock = rig.site.tables.locks.lock(INDEX_NEAR & 0xFFFF)
@@ -227,7 +227,7 @@ def test_packets_held_back_are_dropped_a_millisecond_later_and_the_next_ones_go(
 def test_a_reader_does_not_spin_while_it_holds_packets_back_and_more_wait(
     make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nebula_mp.datapath.sealing.HOLD", 3600.0)
+    monkeypatch.setattr("nebula_mp.datapath.sealing.LOCK_HOLD", 3600.0)
     rig = make_rig()
     lock = rig.site.tables.locks.lock(INDEX_NEAR & 0xFFFF)
     assert lock.try_take()
@@ -248,7 +248,7 @@ def test_a_reader_does_not_spin_while_it_holds_packets_back_and_more_wait(
 def test_a_reader_that_is_told_to_finish_sees_to_the_packets_that_it_holds_back(
     make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nebula_mp.datapath.sealing.HOLD", 1.0)
+    monkeypatch.setattr("nebula_mp.datapath.sealing.LOCK_HOLD", 1.0)
     rig = make_rig()
     lock = rig.site.tables.locks.lock(INDEX_NEAR & 0xFFFF)
     assert lock.try_take()
