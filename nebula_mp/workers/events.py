@@ -45,20 +45,24 @@ class Events:
         heapq.heappush(self._timers, (Seconds(self._clock() + delay), next(self._order), call))
 
     def run_until(self, done: Callable[[], bool], limit: Seconds | None = None) -> bool:
-        """Let things happen until `done()`; False when it is not after `limit`."""
+        """Let things happen until `done()`; False when it is not after `limit`.
+
+        What has happened by then counts, even if this process slept through the limit.
+        """
         end = None if limit is None else Seconds(self._clock() + limit)
         while not done():
             now = self._clock()
-            if end is not None and now >= end:
-                return False
-            if self._timers and self._timers[0][0] <= now:
+            is_over = end is not None and now >= end
+            if self._timers and self._timers[0][0] <= now and not is_over:
                 heapq.heappop(self._timers)[2]()
                 continue
             dues = [due for due in (end, self._timers[0][0] if self._timers else None) if due is not None]
-            for key, _ in self._selector.select(min(dues) - now if dues else None):
+            for key, _ in self._selector.select(max(min(dues) - now, 0) if dues else None):
                 # One that an earlier callback of this round unwatched has nothing to say any more.
                 if self._selector.get_map().get(key.fd) is key:
                     key.data()
+            if is_over:
+                return done()
         return True
 
     def close(self) -> None:
@@ -68,7 +72,10 @@ class Events:
 
 
 class Signals:
-    """Inside `with`: these signals make `fileno()` readable and do nothing else; `take` says which came."""
+    """Inside `with`: these signals make `fileno()` readable and do nothing else; `take` says which came.
+
+    Whoever started us may have left them blocked.
+    """
 
     def __init__(self, numbers: Iterable[signal.Signals]) -> None:
         self._numbers = tuple(numbers)
@@ -84,6 +91,8 @@ class Signals:
             undo.callback(signal.set_wakeup_fd, before)
             for number in self._numbers:
                 undo.callback(signal.signal, number, signal.signal(number, _ignore))
+            mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, self._numbers)
+            undo.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
             self._undo = undo.pop_all()
         return self
 

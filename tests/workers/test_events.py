@@ -105,6 +105,39 @@ def test_what_a_callback_raises_comes_out(events: Events) -> None:
         events.run_until(never, PATIENCE)
 
 
+def test_what_happened_before_a_limit_counts_even_if_we_slept_through_it() -> None:
+    now = [Seconds(100)]
+    events = Events(lambda: now[0])
+    source, sink = os.pipe()
+    os.write(sink, b"a")
+    read: list[bytes] = []
+    events.watch(source, lambda: read.append(os.read(source, 9)))
+    events.after(Seconds(1), lambda: now.__setitem__(0, Seconds(500)))
+    now[0] = Seconds(102)
+
+    done = events.run_until(lambda: bool(read), Seconds(30))
+    again = events.run_until(lambda: len(read) == 2, Seconds(0))
+
+    assert (done, again, read) == (True, False, [b"a"])
+    events.close()
+    for descriptor in (source, sink):
+        os.close(descriptor)
+
+
+def test_signals_that_were_blocked_at_our_start_are_heard(events: Events) -> None:
+    def main() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        os.kill(os.getpid(), signal.SIGTERM)
+        with Signals((signal.SIGTERM,)) as signals:
+            came: list[signal.Signals] = []
+            events.watch(signals.fileno(), lambda: came.extend(signals.take()))
+            assert events.run_until(lambda: bool(came), PATIENCE)
+        assert signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+    with forked(main) as child:
+        assert child.wait() == 0
+
+
 def test_signals_wake_the_loop_in_their_order_and_do_nothing_else(events: Events) -> None:
     def main() -> None:
         came: list[signal.Signals] = []
