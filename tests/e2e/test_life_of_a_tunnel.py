@@ -253,7 +253,9 @@ def test_renewed_groups_take_effect_at_the_peer_without_losing_the_tunnel(
         pair.a.send_signal(signal.SIGHUP)
         _wait_for_udp(ends)
 
-    _assert_lossless(pair, outward, inward)
+    # A released peer sends on the new tunnel from its answer on, which we may not have read by then: what
+    # comes in those milliseconds is early. 1.6.1 forgets the old tunnel at that moment as well.
+    _assert_lossless(outward, inward, allowed=0 if pair.b.is_ours else 1)
 
 
 def _wait_for_udp(ends: tuple[Endpoint, Endpoint]) -> None:
@@ -268,9 +270,7 @@ def _wait_for_udp(ends: tuple[Endpoint, Endpoint]) -> None:
             return
 
 
-def _assert_lossless(pair: Pair, *trains: PingTrain) -> None:
-    # 1.6.1 forgets the old tunnel the moment it answers stage 1: what is under way just then is lost.
-    allowed = 1 if pair.b.effective == "1.6.1" else 0
+def _assert_lossless(*trains: PingTrain, allowed: int = 0) -> None:
     for train in trains:
         assert len(train.lost) <= allowed, f"{len(train.lost)} of {len(train.sent_at)} pings lost"
         assert train.duplicates == 0
@@ -290,7 +290,7 @@ def test_a_certificate_the_peer_renews_replaces_the_tunnel_unnoticed(make_pair: 
         wait_until(lambda: _stage2_was_sent(recorder), "we answer", within_s=2)
         wait_until(lambda: _new_index_in_use(recorder, pair), "both use the new tunnel", within_s=12)
 
-    _assert_lossless(pair, outward, inward)
+    _assert_lossless(outward, inward)
 
 
 def _shaken_by(recorder: Recorder, node: Node) -> bool:
@@ -335,7 +335,7 @@ def test_a_reload_of_unusable_files_changes_nothing_and_says_what_is_wrong(
         told = time.monotonic()
         wait_until(lambda: time.monotonic() > told + 1, "a second more", within_s=2)
 
-    _assert_lossless(pair, outward, inward)
+    _assert_lossless(outward, inward)
     assert not _of_type(recorder.datagrams, MessageType.HANDSHAKE)
     assert named in said or not pair.a.is_ours
 
@@ -355,7 +355,7 @@ def test_the_commands_reload_and_stop_do_what_the_signals_do(make_pair: MakePair
         pair.a.host.certificate.write_text(good)
 
     assert (refused.returncode, "host-a.crt" in refused.stderr) == (1, True), refused
-    _assert_lossless(pair, outward, inward)
+    _assert_lossless(outward, inward)
     stopped = _command(pair.a, "stop")
     assert (stopped.returncode, pair.a.process.poll()) == (0, 0), stopped
     log_has(pair.b, "Close tunnel received", within_s=1)
