@@ -21,6 +21,7 @@ from nebula_mp.errors import SystemCallError
 IPERF_PORT = 5201
 _REPLY_TIME = re.compile(r"\btime=([0-9.]+) ms")
 _LISTEN_TIMEOUT_S = 5.0
+_END_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,11 @@ def iperf_server(space: Namespace, address: str) -> Iterator[None]:
         yield
     finally:
         server.terminate()
-        server.wait()
+        try:
+            server.wait(_END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:  # asked in the middle of a goodbye it waits for its client for ever
+            server.kill()
+            server.wait()
 
 
 def throughput(

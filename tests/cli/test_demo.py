@@ -269,3 +269,28 @@ def test_namespaces_can_talk_over_ipv4_and_ipv6_as_soon_as_they_are_joined() -> 
         times = [measure.ping(a, address, count=1).median_ms for address in ("192.0.2.2", "2001:db8::2")]
 
     assert max(times) < 1000  # not a matter of speed: neighbours asked too early are asked again after 1 s
+
+
+@pytest.mark.e2e
+def test_an_iperf3_server_that_does_not_heed_its_end_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deaf = tmp_path / "iperf3"
+    deaf.write_text(
+        f"#!{sys.executable}\n"
+        "import signal, socket, sys, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "address, port = sys.argv[sys.argv.index('--bind') + 1], int(sys.argv[sys.argv.index('--port') + 1])\n"
+        "listener = socket.create_server((address, port))\n"
+        "time.sleep(600)\n"
+    )
+    deaf.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(measure, "_END_TIMEOUT_S", 0.1)
+    with Lab("nmp-deaf") as lab:
+        space = lab.namespace("a")
+        with measure.iperf_server(space, "127.0.0.1"):
+            pass
+        left = space.run("sh", "-c", f"pgrep -f '^{sys.executable} {deaf}' || true")
+
+    assert left.strip() == ""
