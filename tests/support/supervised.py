@@ -280,10 +280,17 @@ class Ended:
     error: str | None = None
 
 
+def mapped_memory(pid: int) -> dict[str, str]:
+    """Names of the anonymous files that a process maps, by inode."""
+    lines = (line.split(maxsplit=5) for line in Path(f"/proc/{pid}/maps").read_text().splitlines())
+    return {line[4]: line[5] for line in lines if len(line) == 6 and "memfd" in line[5]}
+
+
 class Supervised:
     """`start`, then `give` orders and `wait` for log records; `close` at the end."""
 
     def __init__(self, home: Path) -> None:
+        self.inherited: dict[str, str] = {}  # what the supervisor mapped when it was forked
         self.home = home
         self.orders = Orders()
         self.log_path = home / "log"
@@ -362,6 +369,7 @@ class Supervised:
             finally:
                 self.result_path.write_text(json.dumps(ended))
 
+        self.inherited = mapped_memory(os.getpid())
         self.process = Forked(main)
 
     def start(self, **keys: Any) -> None:
