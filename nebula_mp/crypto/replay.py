@@ -68,8 +68,7 @@ class ReplayWindow:
     def after_handshake(cls, width: int = WIDTH) -> Self:
         """Make a window in which 1 and 2, the counters of the two handshake messages, are marked too."""
         window = cls(width)
-        window.update(1)
-        window.update(2)
+        window.restart()
         return window
 
     def restart(self) -> None:

@@ -36,18 +36,21 @@ from nebula_mp.workers import logs
 from nebula_mp.workers.channel import Channel, Message
 from nebula_mp.workers.checked import Checked, read_pki
 from nebula_mp.workers.expiry import ExpiryWatch
-from nebula_mp.workers.loop import BATCH, Alarm, run
+from nebula_mp.workers.loop import BATCH, Alarm, end_on_error, run
 from nebula_mp.workers.parts import ControlParts, upcall_lock
 from nebula_mp.workers.pki import Pki
-from nebula_mp.workers.resolver import literal
+from nebula_mp.workers.resolver import known_remotes
+from nebula_mp.workers.spawn import CRASHED
 from nebula_mp.workers.tables import ShmPlane
 
-EXIT_FAILED = 1
 _AREAS_PER_TURN = 4  # of each upcall ring, so that handshakes and timers have their turn in a flood
 _BEAT_S = 0.25  # the supervisor takes a process for stuck that does nothing for 2 s
 _HOUSEKEEPING = Seconds(1)
 _MINUTE = Seconds(60)
 _PASSES = SLOTS["mp.passes"]
+_UDP_RX = SLOTS["mp.udp.rx.packets"], SLOTS["mp.udp.rx.bytes"]
+_UDP_TX = SLOTS["mp.udp.tx.packets"], SLOTS["mp.udp.tx.bytes"]
+_TUN_TX = SLOTS["mp.tun.tx.packets"], SLOTS["mp.tun.tx.bytes"]
 _AGAIN = SLOTS["mp.tun.again"]
 _ICMP = SLOTS["mp.rx.icmp"]
 _TYPES = frozenset(MessageType)
@@ -98,13 +101,14 @@ class Control:
     async def run(self) -> int:
         """Take over what a predecessor left, then serve; the exit code."""
         self._loop = asyncio.get_running_loop()
-        self._loop.set_exception_handler(self._on_exception)
+        end_on_error(self._loop, "control", lambda: self._end(CRASHED))
         self._stopped = asyncio.Event()
         self._alarm = Alarm(self._on_alarm)
         now = clock.now()
         saved = self._plane.recover(self._pki.identity, self._pki.pool, alive=self._show_life)
         self._perform(self._controller.restore(saved, now))
-        self._perform(self._controller.handle_resolved(self._literals(), now))
+        literals = known_remotes(self._config.static_host_map, found={})  # services say the rest
+        self._perform(self._controller.handle_resolved(literals, now))
         for worker in range(len(self._parts.upcall_rings)):
             self._attach(worker)
         self._listen()
@@ -129,15 +133,6 @@ class Control:
         self._exit_code = exit_code
         self._stopped.set()
 
-    def _on_exception(self, loop: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:  # noqa: ARG002
-        """End when our own code fails: a successor starts from a known state."""
-        error = context.get("exception")
-        if not isinstance(error, BaseException):
-            logs.write(LogLevel.WARN, "event loop", {"error": context.get("message", "")})
-            return
-        logs.LOGGER.error("unexpected error in control", exc_info=error)
-        self._end(EXIT_FAILED)
-
     def _beat(self) -> None:
         """Show everybody what we counted, and the supervisor that we are not stuck."""
         self._show_life()
@@ -152,7 +147,7 @@ class Control:
     def _on_udp(self) -> None:
         handle = self._controller.handle_datagram
         for datagram, source in self._udp.receive(BATCH):
-            self._count("mp.udp.rx", datagram)
+            self._count(_UDP_RX, datagram)
             self._perform(handle(datagram, source, clock.now()))
         self._settle()
 
@@ -225,15 +220,16 @@ class Control:
                     if fault is not None:
                         self._on_send_fault(fault, to)
                     else:
-                        self._count("mp.udp.tx", data)
+                        self._count(_UDP_TX, data)
                 case WriteTun(packet, queue):
                     self._write_tun(packet, self._tuns[queue])
                 case LogEvent():
                     logs.log(action)
 
-    def _count(self, name: str, packet: bytes) -> None:
-        self._page.add(SLOTS[f"{name}.packets"])
-        self._page.add(SLOTS[f"{name}.bytes"], len(packet))
+    def _count(self, slots: tuple[int, int], packet: bytes) -> None:
+        packets, size_bytes = slots
+        self._page.add(packets)
+        self._page.add(size_bytes, len(packet))
 
     def _write_tun(self, packet: bytes, tun: TunDevice) -> None:
         try:
@@ -242,31 +238,27 @@ class Control:
             self._stats["mp.tun.drop.lost"] += 1
             return
         if fault is None:
-            self._count("mp.tun.tx", packet)
+            self._count(_TUN_TX, packet)
             return
         self._stats[fault] += 1
         if fault is not WriteFault.FULL:
-            self._warn(LogLevel.WARN, "packet for the tun device dropped", fault, {"reason": fault})
+            self._limit.write(LogLevel.WARN, "packet for the tun device dropped", fault, {"reason": fault})
 
     def _on_send_fault(self, fault: SendFault, to: UdpAddr) -> None:
         self._stats[fault] += 1
         match fault:
             case SendFault.UNREACHABLE:
-                self._warn(LogLevel.INFO, "peer address unreachable", (fault, to), {"udpAddr": to})
+                self._limit.write(LogLevel.INFO, "peer address unreachable", (fault, to), {"udpAddr": to})
             case SendFault.TOO_BIG:
-                self._warn(LogLevel.INFO, "path mtu", (fault, to), {"udpAddr": to})
+                self._limit.write(LogLevel.INFO, "path mtu", (fault, to), {"udpAddr": to})
             case SendFault.REFUSED_LOCALLY:
-                self._warn(LogLevel.WARN, "a local firewall refuses our datagrams", fault, {"udpAddr": to})
+                self._limit.write(
+                    LogLevel.WARN, "a local firewall refuses our datagrams", fault, {"udpAddr": to}
+                )
             case SendFault.OTHER:
-                self._warn(LogLevel.WARN, "datagram not sent", fault, {"udpAddr": to})
+                self._limit.write(LogLevel.WARN, "datagram not sent", fault, {"udpAddr": to})
             case SendFault.DROPPED:
                 pass  # counted: the network is slower than we are
-
-    def _warn(self, level: LogLevel, message: str, key: object, fields: Mapping[str, object]) -> None:
-        """At most one line per minute and key, with the number of times it would have been written."""
-        count = self._limit.try_pass(key, clock.monotonic())
-        if count is not None:
-            logs.write(level, message, {**fields, "count": count})
 
     def _keep_house(self, now: Instant) -> None:
         jump = self._jumps.poll(now)
@@ -280,7 +272,7 @@ class Control:
         drops = self._udp.kernel_drops()
         if drops > self._kernel_drops:
             fields = {"drops": drops, "new": drops - self._kernel_drops}
-            self._warn(LogLevel.WARN, "udp receive buffer overflowed", "udp.0.drops", fields)
+            self._limit.write(LogLevel.WARN, "udp receive buffer overflowed", "udp.0.drops", fields)
             self._kernel_drops = drops
 
     def _expiry_watches(self) -> list[ExpiryWatch]:
@@ -372,13 +364,6 @@ class Control:
                 self._services.send("answer", answer)
             message.close()
         self._settle()
-
-    def _literals(self) -> Mapping[IPAddress, Sequence[UdpAddr]]:
-        """What of the static_host_map needs no look-up; services say the rest."""
-        return {
-            overlay: tuple(known for entry in entries if (known := literal(entry)) is not None)
-            for overlay, entries in self._config.static_host_map.items()
-        }
 
     def _status(self) -> Mapping[str, object]:
         newest = self._pki.identity.newest

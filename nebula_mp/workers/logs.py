@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 
+from nebula_mp import clock
 from nebula_mp.config.model import LoggingConfig, LogLevel
 from nebula_mp.control.actions import LogEvent
 from nebula_mp.newtypes import Seconds
@@ -303,6 +304,12 @@ class RateLimit:
         self._interval = interval
         self._keys_max = keys_max
         self._written: dict[object, tuple[Seconds, int]] = {}
+
+    def write(self, level: LogLevel, message: str, key: object, fields: Mapping[str, object]) -> None:
+        """Write a record, if one of this key may pass, and how many times it would have been written."""
+        count = self.try_pass(key, clock.monotonic())
+        if count is not None:
+            write(level, message, {**fields, "count": count})
 
     def try_pass(self, key: object, now: Seconds) -> int | None:
         """None: be silent. Otherwise how many times it was to be said since the last line, 1 or more."""

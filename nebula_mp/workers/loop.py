@@ -6,12 +6,15 @@ Source: asyncio.Runner; uvloop. uvloop.install() is not used, since it breaks py
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
 
 import uvloop
 
 from nebula_mp import clock
+from nebula_mp.config.model import LogLevel
 from nebula_mp.newtypes import Seconds
+from nebula_mp.workers import logs
 
 BATCH = 64
 """Packets taken from one descriptor per wake-up, so that none of the others starves."""
@@ -26,6 +29,20 @@ def run(main: Callable[[], Coroutine[None, None, int]]) -> int:
     """Run `main` on a new uvloop until it returns an exit code."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(main())
+
+
+def end_on_error(loop: asyncio.AbstractEventLoop, who: str, end: Callable[[], None]) -> None:
+    """Have `end` called when our own code fails in a callback: a successor starts from a known state."""
+
+    def handle(_: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:
+        error = context.get("exception")
+        if not isinstance(error, BaseException):
+            logs.write(LogLevel.WARN, "event loop", {"error": context.get("message", "")})
+            return
+        logs.LOGGER.error("unexpected error in %s", who, exc_info=error)
+        end()
+
+    loop.set_exception_handler(handle)
 
 
 class Alarm:

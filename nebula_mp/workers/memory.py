@@ -194,7 +194,7 @@ class Memory:
             stats=self._pages["services"].descriptor,
             log=self.log_sink,
             logging=checked.config.logging,
-            checked=replace_key(checked),
+            checked=dataclasses.replace(checked, key=-1),
             listener=host.listener.fileno(),
             uids=tuple({0, os.geteuid()}),
             log_source=self._log_source,
@@ -352,11 +352,6 @@ class Memory:
         output = logs.Output(OUTPUT)
         for line in left.splitlines(keepends=True):
             output.write(line, clock.monotonic())
-
-
-def replace_key(checked: Checked, key: int = -1) -> Checked:
-    """The same with another descriptor for the key; -1 for none."""
-    return dataclasses.replace(checked, key=key)
 
 
 def _to_fill(ring: RingMemory) -> RingFds:

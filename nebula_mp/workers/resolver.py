@@ -31,6 +31,25 @@ def literal(entry: HostPort) -> UdpAddr | None:
         return None
 
 
+def known_remotes(static_host_map: StaticHostMap, found: Mapping[str, Sequence[IPAddress]]) -> Remotes:
+    """Give the whole map as far as it is known, each address once, in the order of the config.
+
+    `found` is what names resolved to; literals need none.
+    """
+
+    def addresses(entries: Sequence[HostPort]) -> tuple[UdpAddr, ...]:
+        known: dict[UdpAddr, None] = {}
+        for entry in entries:
+            itself = literal(entry)
+            if itself is not None:
+                known[itself] = None
+            else:
+                known |= dict.fromkeys(UdpAddr(ip, entry.port) for ip in found.get(entry.host, ()))
+        return tuple(known)
+
+    return MappingProxyType({overlay: addresses(entries) for overlay, entries in static_host_map.items()})
+
+
 class Resolver:
     """`start` inside the loop, `close` at the end; `report` is called with the whole map after each change.
 
@@ -70,17 +89,7 @@ class Resolver:
 
     def remotes(self) -> Remotes:
         """Give the whole map as far as it is known, each address once, in the order of the config."""
-        return MappingProxyType({overlay: self._addresses(entries) for overlay, entries in self._map.items()})
-
-    def _addresses(self, entries: Sequence[HostPort]) -> tuple[UdpAddr, ...]:
-        addresses: dict[UdpAddr, None] = {}
-        for entry in entries:
-            known = literal(entry)
-            if known is not None:
-                addresses[known] = None
-            else:
-                addresses |= dict.fromkeys(UdpAddr(ip, entry.port) for ip in self._found.get(entry.host, ()))
-        return tuple(addresses)
+        return known_remotes(self._map, self._found)
 
     async def _watch(self, name: str) -> None:
         while True:

@@ -24,11 +24,11 @@ from nebula_mp.shm_stats import SLOTS, StatsPage
 from nebula_mp.workers import checked, logs
 from nebula_mp.workers.channel import Channel, Message
 from nebula_mp.workers.local_api import LocalApi
-from nebula_mp.workers.loop import run
+from nebula_mp.workers.loop import end_on_error, run
 from nebula_mp.workers.parts import ServicesParts
 from nebula_mp.workers.resolver import Remotes, Resolver
+from nebula_mp.workers.spawn import CRASHED
 
-EXIT_FAILED = 1
 STATUS_WAIT_S = 2.0
 _COMMAND_WAIT_S = 60.0  # longer than any client waits
 _BEAT_S = 0.5
@@ -82,7 +82,7 @@ class Services:
     async def run(self) -> int:
         """Serve; the exit code."""
         self._loop = asyncio.get_running_loop()
-        self._loop.set_exception_handler(self._on_exception)
+        end_on_error(self._loop, "services", lambda: self._stop(CRASHED))
         self._stopped = asyncio.Event()
         self._begun = _start_of(os.getppid())
         self._resolver = self._new_resolver(self._parts.checked.config, {})
@@ -114,15 +114,6 @@ class Services:
     def _stop(self, exit_code: int) -> None:
         self._exit_code = exit_code
         self._stopped.set()
-
-    def _on_exception(self, loop: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:  # noqa: ARG002
-        """End when our own code fails: a successor starts from a known state."""
-        error = context.get("exception")
-        if not isinstance(error, BaseException):
-            logs.write(LogLevel.WARN, "event loop", {"error": context.get("message", "")})
-            return
-        logs.LOGGER.error("unexpected error in services", exc_info=error)
-        self._stop(EXIT_FAILED)
 
     def _beat(self) -> None:
         """Show the supervisor that we are not stuck, and do again what there was no room for."""

@@ -72,7 +72,8 @@ class Upkeep:
             self._queues_at = now
             queues = self._host.foreign_queues()
             if queues > 0:
-                self._warn("another process has queues of the tun device", {"queues": queues})
+                message = "another process has queues of the tun device"
+                self._limit.write(LogLevel.WARN, message, message, {"queues": queues})
 
     def _look_at_children(self, running: Mapping[int, Child], now: Seconds) -> None:
         passes = {start: self._memory.passes(child.name) for start, child in running.items()}
@@ -89,10 +90,5 @@ class Upkeep:
         drops = sum(steering.reader(number).kernel_drops() for number in range(steering.readers))
         if drops > self._drops:
             new, self._drops = drops - self._drops, drops
-            self._warn("udp receive buffer overflowed", {"drops": drops, "new": new})
-
-    def _warn(self, message: str, fields: Mapping[str, object]) -> None:
-        """At most one line per minute, with the number of times it would have been written."""
-        count = self._limit.try_pass(message, clock.monotonic())
-        if count is not None:
-            logs.write(LogLevel.WARN, message, {**fields, "count": count})
+            message = "udp receive buffer overflowed"
+            self._limit.write(LogLevel.WARN, message, message, {"drops": drops, "new": new})
