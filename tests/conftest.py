@@ -1,16 +1,13 @@
 """What holds for every test: quick ones first, how long hypothesis searches, no skipping in CI."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from nebula_mp.demo.netns import require_root_and_iproute
 from nebula_mp.errors import SystemCallError
-from nebula_mp.shm import LockFile
-from nebula_mp.shm_ring import Bell
-from tests.support.processes import Keep
 
 # A slow machine is no failure: no deadlines. The same examples each time, so that a red run repeats;
 # `nox -s fuzz_long` is the one that looks for new ones.
@@ -86,22 +83,3 @@ def pytest_configure(config: pytest.Config) -> None:
     is_xdist_worker = hasattr(config, "workerinput")  # its reports reach the controlling process
     if not is_xdist_worker and not may_skip():
         config.pluginmanager.register(SkippingFails(), "skipping-fails")
-
-
-@pytest.fixture
-def keep() -> Iterator[Keep]:
-    """Closes at the test's end what it is given."""
-    with Keep() as keeper:
-        yield keeper
-
-
-@pytest.fixture
-def locks(keep: Keep) -> LockFile:
-    """A file of locks that no process has."""
-    return keep(LockFile.create())
-
-
-@pytest.fixture
-def bell(keep: Keep) -> Bell:
-    """A bell that was not rung."""
-    return keep(Bell.create())

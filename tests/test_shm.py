@@ -38,8 +38,19 @@ NOBODY_ID = 65_534
 
 
 @pytest.fixture
+def keep() -> Iterator[Keep]:
+    with Keep() as keeper:
+        yield keeper
+
+
+@pytest.fixture
 def region(keep: Keep) -> Region:
     return keep(Region.create(LAYOUT, 2 * PAGE_BYTES, (7, 8), name="a/0"))
+
+
+@pytest.fixture
+def locks(keep: Keep) -> LockFile:
+    return keep(LockFile.create())
 
 
 # Regions.

@@ -2,7 +2,7 @@ import contextlib
 import os
 import struct
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -42,6 +42,12 @@ from tests.support.rings import (
     publish,
     small_ring,
 )
+
+
+@pytest.fixture
+def keep() -> Iterator[Keep]:
+    with Keep() as keeper:
+        yield keeper
 
 
 @pytest.fixture

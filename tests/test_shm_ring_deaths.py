@@ -5,7 +5,7 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -43,8 +43,24 @@ from tests.support.rings import (
 
 
 @pytest.fixture
+def keep() -> Iterator[Keep]:
+    with Keep() as keeper:
+        yield keeper
+
+
+@pytest.fixture
 def memory(keep: Keep) -> RingMemory:
     return keep(small_ring())
+
+
+@pytest.fixture
+def locks(keep: Keep) -> LockFile:
+    return keep(LockFile.create())
+
+
+@pytest.fixture
+def bell(keep: Keep) -> Bell:
+    return keep(Bell.create())
 
 
 class DeathError(BaseException):

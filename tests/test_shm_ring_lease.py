@@ -3,6 +3,7 @@ import os
 import select
 import signal
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -22,8 +23,24 @@ from tests.support.rings import READER, WRITER, consume, drain, drain_all, patch
 
 
 @pytest.fixture
+def keep() -> Iterator[Keep]:
+    with Keep() as keeper:
+        yield keeper
+
+
+@pytest.fixture
 def memory(keep: Keep) -> RingMemory:
     return keep(small_ring())
+
+
+@pytest.fixture
+def locks(keep: Keep) -> LockFile:
+    return keep(LockFile.create())
+
+
+@pytest.fixture
+def bell(keep: Keep) -> Bell:
+    return keep(Bell.create())
 
 
 # The drain lease.

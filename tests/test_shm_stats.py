@@ -1,6 +1,7 @@
 import os
 import re
 import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -12,6 +13,12 @@ from nebula_mp.shm import HEADER_BYTES, PAGE_BYTES, U64_MAX, Region
 from nebula_mp.shm_stats import DROPS, NAMES, SLOTS, StatsPage, create_page, totals
 from nebula_mp.udp_socket import SendFault
 from tests.support.processes import Keep, forked
+
+
+@pytest.fixture
+def keep() -> Iterator[Keep]:
+    with Keep() as keeper:
+        yield keeper
 
 
 def pages(region: Region) -> tuple[StatsPage, StatsPage]:
