@@ -161,6 +161,22 @@ class DrainMode(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Offloads:
+    """Kernel features that move many packets with one call: those asked for, or those that were granted."""
+
+    tso: bool = True  # the TUN device gives and takes TCP superpackets
+    uso: bool = True  # and UDP ones
+    udp_segment: bool = True  # the kernel cuts what we send into datagrams
+    udp_gro: bool = True  # and joins those that we receive
+    multiqueue: bool = True  # a TUN queue for each reader
+
+    @property
+    def tun_header(self) -> bool:
+        """Whether a header of `datapath.virtio` stands in front of every packet of the TUN device."""
+        return self.tso or self.uso
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MpConfig:
     """`mp`: our own settings; the original ignores the whole section."""
 
@@ -168,6 +184,7 @@ class MpConfig:
     workers: int | None = None  # None: `auto`
     drain: DrainMode = DrainMode.AUTO
     user: str | None = None  # whom the children run as when we are root; None: nebula-mp, else nobody
+    offload: Offloads = field(default_factory=Offloads)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
