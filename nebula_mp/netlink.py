@@ -50,6 +50,19 @@ def configure(device: str, networks: Sequence[IPInterface], mtu_bytes: int) -> N
             _set_route(ipr, index, device, interface, mtu_bytes)
 
 
+def limit_segments(device: str, segments: int) -> bool:
+    """Let the kernel join at most so many packets, 1 to 65535, into one for `device`; False if it refuses.
+
+    Raises SystemCallError if there is no such device.
+    """
+    with IPRoute() as ipr:
+        try:
+            ipr.link("set", index=_index(ipr, device), IFLA_GSO_MAX_SEGS=segments)
+        except NetlinkError:
+            return False
+        return True
+
+
 def _index(ipr: IPRoute, device: str) -> int:
     found = ipr.link_lookup(ifname=device)
     if not found:

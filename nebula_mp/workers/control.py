@@ -12,6 +12,7 @@ import asyncio
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from ipaddress import ip_address
 from typing import Any
 
@@ -70,8 +71,8 @@ class Control:
         self._checked = parts.checked
         self._pki = pki
         self._log = log
-        self._udp = UdpSocket(socket.socket(fileno=parts.udp))
-        self._tuns = _queues(parts.tuns, parts.device)
+        self._udp = UdpSocket(socket.socket(fileno=parts.udp), coalesces=parts.offloads.udp_gro)
+        self._tuns = _queues(parts.tuns, parts)
         self._plane = ShmPlane(parts.tables, parts.owners, clock=clock.monotonic)
         self._controller = Controller(
             self._config, pki.identity, pki.pool, clock.entropy, plane=self._plane, now=clock.now()
@@ -333,7 +334,7 @@ class Control:
         self._publish_counts()
         for tun in self._tuns:
             tun.close()
-        self._tuns = _queues(message.descriptors, self._parts.device)
+        self._tuns = _queues(message.descriptors, self._parts)
 
     def _on_stop(self, _: Message) -> None:
         self._perform(self._controller.handle_stop(clock.now()))
@@ -372,6 +373,7 @@ class Control:
             "device": self._parts.device,
             "listen": str(self._udp.local),
             "kernel": "python",
+            "offloads": asdict(self._parts.offloads),
             "mtu_bytes": self._config.tun.mtu,
             "sources": list(self._checked.sources),
             "networks": [str(network) for network in self._pki.identity.networks],
@@ -425,8 +427,8 @@ def _checked(message: Message) -> Checked:
     return checks.decode(message.body["checked"], key=message.descriptors[0])
 
 
-def _queues(descriptors: Sequence[int], device: str) -> tuple[TunDevice, ...]:
-    return tuple(TunDevice(descriptor, device) for descriptor in descriptors)
+def _queues(descriptors: Sequence[int], parts: ControlParts) -> tuple[TunDevice, ...]:
+    return tuple(TunDevice(descriptor, parts.device, parts.offloads) for descriptor in descriptors)
 
 
 def _remotes(body: Mapping[str, Any]) -> Mapping[IPAddress, Sequence[UdpAddr]]:

@@ -11,7 +11,7 @@ import pytest
 from pyroute2 import IPRoute
 
 from nebula_mp import netlink, steering
-from nebula_mp.config.model import Config, ListenConfig, MpConfig, PkiConfig, TunConfig
+from nebula_mp.config.model import NO_OFFLOADS, Config, ListenConfig, MpConfig, PkiConfig, TunConfig
 from nebula_mp.errors import InstanceError, SystemCallError
 from nebula_mp.tun_queues import TunQueues
 from nebula_mp.workers.checked import Checked, PkiSources
@@ -281,7 +281,7 @@ def test_a_name_that_is_taken_meanwhile_is_an_error_that_may_be_tried_again(
 ) -> None:
     host, _ = Host.open(checked, undo)
     host.close_device()
-    thief, _ = TunQueues.open(TunConfig(dev="nmp-host"), 1)
+    thief, _ = TunQueues.open(TunConfig(dev="nmp-host"), 1, NO_OFFLOADS)
     with pytest.raises(SystemCallError, match="the name is"):
         host.reopen_device()
     thief.close()
