@@ -15,11 +15,13 @@ import pytest
 import pytun
 
 from nebula_mp.config.model import NO_OFFLOADS, Offloads, TunConfig
+from nebula_mp.datapath.virtio import HEADER_BYTES
 from nebula_mp.demo.netns import Lab, Namespace
 from nebula_mp.errors import SystemCallError
 from nebula_mp.ioctl_tun import TunDevice
 from nebula_mp.privileges import Account, lock_down_child
 from nebula_mp.tun_queues import TunQueues, set_attached
+from nebula_mp.udp_socket import UDP_SEGMENT
 from tests.support.netns import PREFIX, entered
 from tests.test_privileges import Ends, in_child
 
@@ -28,6 +30,8 @@ DEVICE = TunConfig(dev="nmpq", mtu=1280, tx_queue=700)
 SEVERAL = replace(NO_OFFLOADS, multiqueue=True)
 FLOWS = 64
 TUNSETIFF = 0x400454CA
+TUNSETOFFLOAD = 0x400454D0
+TUNGETIFF = 0x800454D2
 NOBODY = Account(65534, 65534, "nobody")
 
 
@@ -294,6 +298,7 @@ def test_one_queue_is_opened_with_a_warning_where_the_kernel_refuses_several(
     queues.close()
 
     assert len(queues.queues) == 1
+    assert not queues.offloads.multiqueue
     assert warnings == ("tun 'nmpq': the kernel refused 4 queues (EINVAL): one reader serves all",)
 
 
@@ -322,4 +327,77 @@ def test_a_refused_mtu_removes_the_device(space: Namespace) -> None:
     with entered(space), pytest.raises(SystemCallError, match="MTU 70000 refused"):
         TunQueues.open(TunConfig(dev="nmpq", mtu=70_000), 2, SEVERAL)
 
+    assert not has_device(space, "nmpq")
+
+
+# ---- offloads ----
+
+EVERYTHING = Offloads()
+
+
+def send_superpackets(space: Namespace, flows: int) -> None:
+    """Four datagrams of 100 bytes with one call, for each of some flows."""
+    note = (socket.IPPROTO_UDP, UDP_SEGMENT, struct.pack("=H", 100))
+    with entered(space), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        sender.bind(("198.51.100.1", 40_000))
+        for number in range(flows):
+            sender.sendmsg([bytes(400)], [note], 0, ("198.51.100.2", 5000 + number))
+
+
+def frames(queue: TunDevice) -> list[bytes]:
+    """All that waits in a queue."""
+    found = []
+    with suppress(BlockingIOError):
+        while frame := os.read(queue.fileno(), 1 << 17):
+            found.append(frame)
+    return found
+
+
+def test_every_queue_has_the_offloads_of_the_device(space: Namespace) -> None:
+    with device(space, 4, wanted=EVERYTHING) as queues:
+        send_superpackets(space, FLOWS)
+        got = [frames(queue) for queue in queues.queues]
+
+    assert (queues.offloads.tso, queues.offloads.uso, queues.offloads.multiqueue) == (True, True, True)
+    assert {queue.offloads for queue in queues.queues} == {queues.offloads}
+    assert all(got)
+    assert {len(frame) for each in got for frame in each} == {HEADER_BYTES + 28 + 400}
+    assert sum(map(len, got)) == FLOWS
+
+
+def test_one_queue_is_opened_without_a_word_where_several_are_not_wanted(space: Namespace) -> None:
+    with device(space, 4, wanted=Offloads(multiqueue=False)) as queues:
+        send_superpackets(space, 1)
+        (frame,) = frames(queues.queues[0])
+
+    assert len(queues.queues) == 1
+    assert queues.offloads == Offloads(multiqueue=False)
+    assert len(frame) == HEADER_BYTES + 28 + 400
+
+
+def test_all_queues_are_made_anew_without_a_header_where_the_kernel_refuses_all_offloads(
+    space: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = fcntl.ioctl
+
+    def refuse(target: Any, request: int, *arguments: Any) -> Any:
+        if request == TUNSETOFFLOAD:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return plain(target, request, *arguments)
+
+    monkeypatch.setattr(fcntl, "ioctl", refuse)
+    with entered(space):
+        queues, warnings = TunQueues.open(DEVICE, 3, EVERYTHING)
+        monkeypatch.undo()
+        flags = [
+            struct.unpack_from("H", fcntl.ioctl(queue.fileno(), TUNGETIFF, bytes(40)), 16)[0]
+            for queue in queues.queues
+        ]
+    queues.close()
+
+    assert len(queues.queues) == 3
+    assert queues.offloads == Offloads(tso=False, uso=False)
+    assert [flag & pytun.IFF_VNET_HDR for flag in flags] == [0, 0, 0]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("tun 'nmpq': the kernel refused all offloads (EINVAL): each packet costs")
     assert not has_device(space, "nmpq")
