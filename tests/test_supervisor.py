@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from nebula_mp import supervisor
+from nebula_mp.config.model import Config, PkiConfig
 from nebula_mp.errors import SystemCallError
 from nebula_mp.newtypes import CertVersion
 from nebula_mp.privileges import SUPERVISOR_AS_ROOT, inspect_process
-from nebula_mp.workers.host import Host
+from nebula_mp.workers.host import Host, wanted_offloads
 from tests.support.processes import eventually
 from tests.support.supervised import (
     DEVICE,
@@ -115,6 +116,30 @@ def test_as_many_workers_as_configured_share_device_and_port(gateway: Supervised
         record["role"] for record in gateway.records("worker started")
     }
     assert len(gateway.in_network("ss", "-Hlun").splitlines()) == 4
+
+
+def test_the_offloads_in_force_are_said_at_the_start(running: Supervised) -> None:
+    (said,) = running.records("offloads")
+
+    asked = wanted_offloads(Config(pki=PkiConfig(ca="", cert="", key="")))  # this kernel has all
+    assert {name: said[name] for name in ("tso", "uso", "udpSegment", "udpGro", "queues")} == {
+        "tso": asked.tso,
+        "uso": asked.uso,
+        "udpSegment": asked.udp_segment,
+        "udpGro": asked.udp_gro,
+        "queues": 1,
+    }
+    assert said.get("gsoMaxSegs") == (49 if asked.tun_header else None)
+
+
+def test_one_worker_because_of_the_configuration_is_said_and_no_warning(gateway: Supervised) -> None:
+    gateway.configure(workers=3, offload={"multiqueue": False})
+    gateway.start()
+
+    (said,) = gateway.records("one worker, as mp.offload.multiqueue is off")
+    assert (said["level"], said["wanted"]) == ("INFO", 3)
+    assert gateway.records("offloads")[0]["queues"] == 1
+    assert [record["role"] for record in gateway.records("worker started")] == ALL
 
 
 def test_a_gateway_that_cannot_start_leaves_nothing(gateway: Supervised) -> None:

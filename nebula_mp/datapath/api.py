@@ -35,6 +35,10 @@ counted under exactly one `Drop`. So over all processes, with empty rings and no
     mp.tun.rx.packets + mp.udp.rx.packets
         = mp.udp.tx.packets + mp.tun.tx.packets + mp.upcalls + drops (with mp.ring.resumed)
 
+Packets are those of hosts, whatever offloads carry them: a superpacket counts as the packets it is cut into
+or was joined from, a batch of datagrams as its datagrams; bytes are theirs, without the headers of
+`datapath.virtio`. What goes up or to another reader is always single and complete.
+
 What one reader hands to another (`mp.strangers`) was counted when it came in, and is counted by its owner
 when it leaves. What a Drain was doing when its process died it sends again (UDP) or passes over (TUN).
 """
@@ -252,7 +256,7 @@ class Sealer(Protocol):
     def poll(self, budget: int) -> int:
         """Read at most `budget` packets, until the queue is empty; gives how many. Publishes what it sealed.
 
-        Raises OSError, RingError.
+        A superpacket is never left in part, so the last one may exceed the budget. Raises OSError, RingError.
         """
 
     @property
@@ -273,7 +277,8 @@ class Opener(Protocol):
     def poll(self, budget: int) -> int:
         """Take at most `budget` datagrams, until all is empty; gives how many. Publishes what it opened.
 
-        Raises OSError, RingError.
+        What the kernel has joined is taken whole, so the last batch may exceed the budget. Raises OSError,
+        RingError.
         """
 
     def waiting(self) -> int:
@@ -296,9 +301,10 @@ class Reader(Protocol):
 
 
 class Drain(Protocol):
-    """Ring -> TUN queue or UDP socket, one system call for each packet.
+    """Ring -> TUN queue or UDP socket.
 
-    An area is released when the call on its last packet has returned.
+    One system call for each packet, or for as many of an entry as the granted offloads let one carry. An area
+    is released when the last call on it has returned.
     """
 
     ring: Consumer

@@ -31,6 +31,7 @@ from nebula_mp.config.model import (
     ListenConfig,
     LoggingConfig,
     LogLevel,
+    Offloads,
     PkiConfig,
     TimersConfig,
 )
@@ -390,9 +391,11 @@ class _Host:
 
     device = "nebula1"
     cpus = (0, 1)
-    offloads = NO_OFFLOADS
 
-    def __init__(self, steering: SteeringGroup, tuns: tuple[int, ...], listener: socket.socket) -> None:
+    def __init__(
+        self, steering: SteeringGroup, tuns: tuple[int, ...], listener: socket.socket, offloads: Offloads
+    ) -> None:
+        self.offloads = offloads
         self.steering = steering
         self.tuns = tuns
         self.listener = listener
@@ -401,14 +404,21 @@ class _Host:
 class Rig:
     """What a gateway of two workers shares; `play` a story with a control process in the loop."""
 
-    def __init__(self, undo: ExitStack, *, host: str = "127.0.0.1", **settings: Any) -> None:
+    def __init__(
+        self,
+        undo: ExitStack,
+        *,
+        host: str = "127.0.0.1",
+        offloads: Offloads = NO_OFFLOADS,
+        **settings: Any,
+    ) -> None:
         """`settings` are changes of `config`; the static host map knows the peer if they do not say it."""
         self._undo = undo
         self.peer = Peer(host=host)
         undo.callback(self.peer.socket.close)
         self.memory = Memory(WORKERS)
         undo.callback(self.memory.close)
-        self.steering, _ = SteeringGroup.open(ListenConfig(host=host), WORKERS, coalesce=False)
+        self.steering, _ = SteeringGroup.open(ListenConfig(host=host), WORKERS, coalesce=offloads.udp_gro)
         undo.callback(self.steering.close)
         assert self.steering.is_steered
         self.at = self.steering.control.local
@@ -416,7 +426,7 @@ class Rig:
         self.config = config(**{"static_host_map": MappingProxyType({THEM: known}), **settings})
         self.queues, self.stacks = self.new_queues()
         fds = tuple(queue.fileno() for queue in self.queues)
-        self._host = cast("Host", _Host(self.steering, fds, self.stacks[0]))
+        self._host = cast("Host", _Host(self.steering, fds, self.stacks[0], offloads))
         self.key = key_memory(encode_private_key(OUR_IDENTITY.private_key))
         undo.callback(os.close, self.key)
         self.checked = checked(self.key, self.config)

@@ -5,9 +5,11 @@ import contextlib
 import gc
 import os
 import socket
+import struct
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,8 +20,16 @@ import nebula_mp
 from nebula_mp import clock
 from nebula_mp.cert.identity import Identity
 from nebula_mp.cert.keys import encode_private_key
-from nebula_mp.config.model import FirewallConfig, FirewallRule, HandshakesConfig, HostPort, TimersConfig
+from nebula_mp.config.model import (
+    FirewallConfig,
+    FirewallRule,
+    HandshakesConfig,
+    HostPort,
+    Offloads,
+    TimersConfig,
+)
 from nebula_mp.datapath.api import UpcallReason, encode_plain_record
+from nebula_mp.datapath.virtio import HEADER_BYTES
 from nebula_mp.errors import SystemCallError
 from nebula_mp.ioctl_tun import TunDevice, WriteFault
 from nebula_mp.newtypes import CertVersion, Counter, Curve, Instant, Seconds, TunnelIndex, UdpAddr
@@ -28,8 +38,8 @@ from nebula_mp.shm_flows import REFUSED
 from nebula_mp.shm_ring import Bell
 from nebula_mp.shm_stats import SLOTS, StatsPage
 from nebula_mp.shm_tunnels import TunnelState
-from nebula_mp.udp_socket import SendFault, UdpSocket
-from nebula_mp.wire.header import TEST_REPLY, TEST_REQUEST, Header, MessageType
+from nebula_mp.udp_socket import UDP_SEGMENT, SendFault, UdpSocket
+from nebula_mp.wire.header import HANDSHAKE_IX, TEST_REPLY, TEST_REQUEST, Header, MessageType
 from nebula_mp.wire.ip import parse_flow
 from nebula_mp.workers import control
 from nebula_mp.workers.channel import Channel
@@ -356,6 +366,51 @@ def test_where_the_kernel_does_not_steer_handshakes_come_through_the_reader(rig:
         await until(lambda: rig.take() or rig.stack(0) + rig.stack(1) == [inbound()])
 
     rig.play(story)
+
+
+def test_datagrams_that_the_kernel_has_joined_are_taken_one_by_one(make_rig: MakeRig) -> None:
+    rig = make_rig(offloads=Offloads(tso=False, uso=False))
+    junk = Header(MessageType.HANDSHAKE, HANDSHAKE_IX, TunnelIndex(0), Counter(1)).encode() + bytes(84)
+    together = (socket.IPPROTO_UDP, UDP_SEGMENT, struct.pack("=H", len(junk)))
+
+    async def story() -> None:
+        rig.peer.socket.sendmsg([junk * 3], [together], 0, (str(rig.at.ip), rig.at.port))
+        async with asyncio.timeout(LIMIT_S):
+            while await rig.stat("mp.udp.rx.packets") < 3:
+                pass
+        assert await rig.stat("mp.udp.rx.packets") == 3
+        assert await rig.stat("mp.udp.rx.bytes") == 300
+
+    rig.play(story)
+
+
+def test_a_packet_is_written_with_a_header_where_the_device_has_one(make_rig: MakeRig) -> None:
+    rig = make_rig(offloads=Offloads(udp_gro=False))
+
+    async def story() -> None:
+        row = await rig.connect()
+        for port in (5000, 5001):
+            packet, stack = inbound(port=port), rig.stacks[row.owner]
+            rig.peer.send(packet)
+            frame = bytes(HEADER_BYTES) + packet
+            got = await collect(frame, partial(taken_and_written, rig, stack))
+            assert got == [frame]
+            await make_device_anew(rig)
+
+    rig.play(story)
+
+
+async def make_device_anew(rig: Rig) -> None:
+    """As the supervisor does when it was lost."""
+    old = rig.control._tuns
+    queues, rig.stacks = rig.new_queues()
+    rig.tell("tuns", {}, *(queue.fileno() for queue in queues))
+    await until(lambda: rig.control._tuns is not old)
+
+
+def taken_and_written(rig: Rig, stack: socket.socket) -> list[bytes]:
+    """What readers and control gave the local stack."""
+    return rig.take() + rig.stack(stack)
 
 
 def test_a_peer_that_seems_to_have_moved_is_asked_there(rig: Rig) -> None:
@@ -797,7 +852,8 @@ def test_status_tells_who_we_are_whom_we_talk_to_and_what_all_processes_counted(
     (status,) = answers
     (host,) = status["hosts"]
     assert {
-        name: status[name] for name in ("version", "device", "listen", "kernel", "mtu_bytes", "sources")
+        name: status[name]
+        for name in ("version", "device", "listen", "kernel", "mtu_bytes", "sources", "offloads")
     } == {
         "version": nebula_mp.__version__,
         "device": "nebula1",
@@ -805,6 +861,13 @@ def test_status_tells_who_we_are_whom_we_talk_to_and_what_all_processes_counted(
         "kernel": "python",
         "mtu_bytes": 1300,
         "sources": ["/etc/nebula/config.yml"],
+        "offloads": {
+            "tso": False,
+            "uso": False,
+            "udp_segment": False,
+            "udp_gro": False,
+            "multiqueue": False,
+        },
     }
     assert status["networks"] == [f"{US}/24"]
     assert {**status["certificate"], "expires_in_s": 0} == {
