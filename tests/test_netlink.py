@@ -133,6 +133,19 @@ def test_a_limit_for_a_device_that_is_gone_is_an_error_that_says_so(tun: TunDevi
         netlink.limit_segments(NAME, 49)
 
 
+@pytest.mark.parametrize(
+    "key", ["ipv4/ip_forward", "ipv6/conf/all/forwarding", f"ipv4/conf/{NAME}/forwarding"]
+)
+def test_a_machine_that_forwards_from_any_device_is_known(tun: TunDevice, key: str) -> None:
+    for other in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
+        Path(f"/proc/sys/net/{other}").write_text("0")
+    before = netlink.forwards()
+
+    Path(f"/proc/sys/net/{key}").write_text("1")
+
+    assert (before, netlink.forwards()) == (False, True)
+
+
 # ---- the watcher; its news come from a second device, as an underlay's would ----
 
 

@@ -129,7 +129,7 @@ def test_the_offloads_in_force_are_said_at_the_start(running: Supervised) -> Non
         "udpGro": asked.udp_gro,
         "queues": 1,
     }
-    assert said.get("gsoMaxSegs") == (49 if asked.tun_header else None)
+    assert said.get("gsoMaxSegs") in ((49, 65_535) if asked.tun_header else (None,))  # as we forward or not
 
 
 def test_one_worker_because_of_the_configuration_is_said_and_no_warning(gateway: Supervised) -> None:

@@ -218,6 +218,8 @@ class Host:
         self._wanted = new
         if self.has_device and (networks, config.tun.mtu) != (old.networks, old.config.tun.mtu):
             self._configure_device()
+        elif self.has_device:
+            self._limit_segments()  # we may have become a router
         return warnings
 
     def _configure_device(self) -> None:
@@ -228,13 +230,21 @@ class Host:
         self._limit_segments()
 
     def _limit_segments(self) -> None:
-        """Have no superpackets that are too large for one send; a refusal costs performance only."""
-        if self.offloads.tun_header:
+        """Have no superpackets that are too large for one send; a refusal costs performance only.
+
+        None but the local stack's own: a superpacket that came from elsewhere and has more packets would be
+        cut up by the kernel, into single ones (12 Gbit/s became 1 to 2), where without the limit it costs a
+        second send. So a machine that forwards has no limit.
+        """
+        if not self.offloads.tun_header:
+            return
+        segments = _SEGMENTS_MAX  # what a device has
+        if not netlink.forwards():
             segments = superpacket_segments(self._wanted.config.tun.mtu, self.udp.ip.version)
-            is_set = netlink.limit_segments(self.device, segments)
-            self.segments = segments if is_set else None
-            if not is_set:
-                logs.write(LogLevel.DEBUG, "gso_max_segs refused", {"dev": self.device, "segments": segments})
+        is_set = netlink.limit_segments(self.device, segments)
+        self.segments = segments if is_set else None
+        if not is_set:
+            logs.write(LogLevel.DEBUG, "gso_max_segs refused", {"dev": self.device, "segments": segments})
 
     def _restore_device(self, old: _Wanted) -> None:
         new, self._wanted = self._wanted, old

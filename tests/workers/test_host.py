@@ -319,9 +319,16 @@ def test_a_superpacket_has_as_many_packets_as_fit_one_send_when_sealed(
 
 
 @pytest.fixture
-def asking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ask for all that the configuration wants."""
+def asking(monkeypatch: pytest.MonkeyPatch, undo: ExitStack) -> None:
+    """Ask for all that the configuration wants, in a network that forwards nothing."""
+    forward(0)
     monkeypatch.setattr(host_module, "wanted_offloads", lambda config: config.mp.offload)
+
+
+def forward(switch: int) -> None:
+    """Let the network of this thread pass packets on, or not."""
+    for key in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
+        Path(f"/proc/sys/net/{key}").write_text(str(switch))
 
 
 def gso_max_segs(device: str) -> int:
@@ -394,6 +401,23 @@ def test_the_size_of_superpackets_follows_the_mtu_and_comes_back_with_it(
     found.append((host.segments, gso_max_segs("nmp-host")))
 
     assert found == [(49, 49), (7, 7), (49, 49)]
+
+
+@pytest.mark.e2e
+@pytest.mark.usefixtures("asking")
+def test_a_machine_that_forwards_has_no_limit_since_larger_ones_would_be_cut_up(
+    checked: Checked, undo: ExitStack
+) -> None:
+    forward(1)
+    host, _ = Host.open(checked, undo)
+    found = [host.segments]
+
+    for switch in (0, 1):
+        forward(switch)
+        host.prepare(checked.config, NETWORKS, undo)
+        found.append(gso_max_segs("nmp-host"))
+
+    assert found == [65_535, 49, 65_535]
 
 
 @pytest.mark.e2e
