@@ -22,7 +22,7 @@ Buffers. What is read from a descriptor stays in memory of the reader's own unti
 the area being filled; an area is the producer's until it is published, and the consumer's until every system
 call on it has returned. Nobody outside a kernel gets a view of either. An `Upcall` is a copy.
 
-Waiting. No part blocks. A Drain waits at most 1 ms (UDP) or 10 ms (TUN) for room for a packet, and after one
+Waiting. No part blocks. A Drain waits at most 1 ms (UDP) or 10 ms (TUN) for room for a call, and after one
 wait in vain no more in the same call; `bell_wait` waits for as long as it is told.
 
 Errors. What a peer, a stranger or the local stack sends never raises. OSError: the descriptor is lost, which
@@ -46,6 +46,7 @@ from enum import IntEnum, StrEnum
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final, NamedTuple, Protocol
 
+from nebula_mp.config.model import Offloads
 from nebula_mp.errors import RingError
 from nebula_mp.newtypes import Buffer, IPNetwork, Seconds, TunnelIndex, UdpAddr
 from nebula_mp.shm_ring import Bell, Consumer
@@ -295,9 +296,9 @@ class Reader(Protocol):
 
 
 class Drain(Protocol):
-    """Ring -> TUN queue or UDP socket, one system call for each packet.
+    """Ring -> TUN queue or UDP socket, one system call for as many packets as it takes.
 
-    An area is released when the call on its last packet has returned.
+    An area is released when the last call on it has returned.
     """
 
     ring: Consumer
@@ -330,10 +331,12 @@ class Kernel(Protocol):
         `poison` overwrites released areas, for tests. Raises RingError, SystemCallError.
         """
 
-    def drain_udp(self, ring: Consumer, udp_fd: int, *, tunnels: int, stats: int) -> Drain:
+    def drain_udp(
+        self, ring: Consumer, udp_fd: int, *, tunnels: int, stats: int, offloads: Offloads
+    ) -> Drain:
         """Send a seal ring; `tunnels` and `stats` are the regions, read-only and writable."""
 
-    def drain_tun(self, ring: Consumer, tun_fd: int, *, stats: int) -> Drain:
+    def drain_tun(self, ring: Consumer, tun_fd: int, *, stats: int, offloads: Offloads) -> Drain:
         """Write an open ring, which was made to go on behind the entry in progress."""
 
     def bell_wait(self, bell: Bell, limit_ms: int) -> bool:

@@ -14,6 +14,7 @@ import fcntl
 import os
 from collections.abc import Callable
 
+from nebula_mp.config.model import Offloads
 from nebula_mp.datapath.api import ReaderMemory, RingFds, UpcallLimits
 from nebula_mp.datapath.drains import TunDrain, UdpDrain
 from nebula_mp.datapath.filling import Drops, Filler, Strangers, Upcalls
@@ -142,14 +143,16 @@ class PythonKernel:
             tun_fd, udp_fd, memory, overlay=overlay, clock=clock, limits=limits, poison=poison
         )
 
-    def drain_udp(self, ring: Consumer, udp_fd: int, *, tunnels: int, stats: int) -> UdpDrain:
+    def drain_udp(
+        self, ring: Consumer, udp_fd: int, *, tunnels: int, stats: int, offloads: Offloads
+    ) -> UdpDrain:
         """As `Kernel.drain_udp`."""
         view = UnderlayView(_attach(tunnels, TUNNELS))
-        return UdpDrain(ring, udp_fd, view, StatsPage(stats, writable=True))
+        return UdpDrain(ring, udp_fd, view, StatsPage(stats, writable=True), offloads)
 
-    def drain_tun(self, ring: Consumer, tun_fd: int, *, stats: int) -> TunDrain:
+    def drain_tun(self, ring: Consumer, tun_fd: int, *, stats: int, offloads: Offloads) -> TunDrain:
         """As `Kernel.drain_tun`."""
-        return TunDrain(ring, tun_fd, StatsPage(stats, writable=True))
+        return TunDrain(ring, tun_fd, StatsPage(stats, writable=True), offloads)
 
     def bell_wait(self, bell: Bell, limit_ms: int) -> bool:
         """As `Kernel.bell_wait`."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Final
 
 from nebula_mp import clock
-from nebula_mp.config.model import LogLevel
+from nebula_mp.config.model import NO_OFFLOADS, LogLevel
 from nebula_mp.datapath.api import Drain, Kernel, RingFds
 from nebula_mp.datapath.python import PythonKernel
 from nebula_mp.errors import RingError
@@ -105,8 +105,8 @@ def attach_drains(parts: ReaderParts | WriterParts, tunnels: Fd) -> tuple[Drain,
     seal = consumer(parts.seal_ring, "seal", locks.lock(seal_lock(parts.number)), Recovery.SEND_AGAIN)
     opened = consumer(parts.open_ring, "open", locks.lock(open_lock(parts.number)), Recovery.GO_ON_BEHIND)
     return (
-        KERNEL.drain_udp(seal, parts.udp, tunnels=tunnels, stats=parts.stats),
-        KERNEL.drain_tun(opened, parts.tun, stats=parts.stats),
+        KERNEL.drain_udp(seal, parts.udp, tunnels=tunnels, stats=parts.stats, offloads=NO_OFFLOADS),
+        KERNEL.drain_tun(opened, parts.tun, stats=parts.stats, offloads=NO_OFFLOADS),
     )
 
 

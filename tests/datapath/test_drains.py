@@ -23,6 +23,7 @@ CONTENTS = [bytes([number]) * (30 + number) for number in range(9)]
 
 
 def publish(site: Site, memory: Any, *areas: list[bytes], segment: int = 0) -> None:
+    segment = segment or int(memory in site.opened)  # there, a number of packets
     producer = rings.produce(memory, poison=True)
     for contents in areas:
         assert producer.try_begin()
@@ -37,11 +38,14 @@ def udp_drain(site: Site) -> UdpDrain:
         site.udp[0].fileno(),
         tunnels=site.tables.tunnels.read_only,
         stats=site.pages[1].descriptor,
+        offloads=site.offloads,
     )
 
 
 def tun_drain(site: Site) -> TunDrain:
-    return KERNEL.drain_tun(site.open_ring(), site.tun.fileno(), stats=site.pages[1].descriptor)
+    return KERNEL.drain_tun(
+        site.open_ring(), site.tun.fileno(), stats=site.pages[1].descriptor, offloads=site.offloads
+    )
 
 
 def tail(site: Site, *, seal: bool) -> int:
@@ -373,7 +377,7 @@ def test_an_area_is_neither_released_nor_touched_while_a_call_on_it_has_not_retu
     def inside(data: memoryview) -> None:
         before = bytes(data)
         while producer.try_begin():  # somebody fills all there is, while the call is running
-            producer.try_add(b"\xee" * 50)
+            producer.try_add(b"\xee" * 50, 1)
             producer.publish()
         assert bytes(data) == before
         seen.append(tail(site, seal=seal))
