@@ -9,13 +9,16 @@ from typing import Any, cast
 
 import pytest
 
+from nebula_mp.config.model import Offloads
 from nebula_mp.datapath.api import Drop
 from nebula_mp.datapath.drains import TunDrain, UdpDrain
 from nebula_mp.newtypes import UdpAddr
 from nebula_mp.shm import Mapping
 from nebula_mp.shm_ring import DATA, HEAD, STATE, TAIL, Consumer
 from tests.datapath.sites import INDEX_NEAR, KERNEL, Site, address_of, drained, loopback
+from tests.datapath.superpackets import TIMESTAMPS, Plan
 from tests.support import rings
+from tests.support.packets import TCP, UDP
 from tests.support.watched import KilledError
 
 ROW = INDEX_NEAR & 0xFFFF
@@ -263,6 +266,77 @@ def test_a_packet_refused_at_any_call_is_counted_and_all_others_are_written(
 
     assert site.drops() == {reason: 9}
     assert site.stats()["mp.tun.tx.packets"] == 72
+
+
+VIRTIO = Offloads(udp_segment=False, udp_gro=False)
+
+
+def frame(plan: Plan) -> bytes:
+    return plan.virtio() + plan.packet()
+
+
+def test_a_superpacket_is_written_whole_and_counts_as_what_its_packets_would_have_been(site: Site) -> None:
+    site.offloads = VIRTIO
+    plans = [
+        Plan(4, TCP, bytes(range(250)) * 40, 1248, options=TIMESTAMPS),
+        Plan(6, UDP, bytes(range(250)) * 20, 600),
+    ]
+    publish(site, site.opened[0], [bytes(10) + CONTENTS[3]])
+    for plan in plans:
+        publish(site, site.opened[0], [frame(plan)], segment=plan.count)
+
+    assert tun_drain(site).drain(10) == 3
+
+    assert site.received() == [bytes(10) + CONTENTS[3], *map(frame, plans)]
+    packets = [CONTENTS[3], *(packet for plan in plans for packet in plan.packets())]
+    assert site.stats()["mp.tun.tx.packets"] == len(packets) == 1 + 9 + 9
+    assert site.stats()["mp.tun.tx.bytes"] == sum(map(len, packets))
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (errno.EIO, Drop.TUN_REFUSED),
+        (errno.EINVAL, Drop.TUN_REFUSED),
+        (errno.ENOBUFS, Drop.TUN_NO_MEMORY),
+        (errno.ENOMEM, Drop.TUN_NO_MEMORY),
+        (errno.EAGAIN, Drop.TUN_FULL),
+    ],
+)
+def test_the_packets_of_a_superpacket_that_is_refused_are_all_counted(
+    site: Site, monkeypatch: pytest.MonkeyPatch, number: int, reason: Drop
+) -> None:
+    site.offloads = VIRTIO
+    plan = Plan(4, TCP, bytes(10_000), 1248)
+    publish(site, site.opened[0], [frame(plan)], segment=plan.count)
+    publish(site, site.opened[0], [bytes(10) + CONTENTS[0]])
+    drain = tun_drain(site)
+    _never_ready(drain, monkeypatch)
+    watch_tun(monkeypatch, refuse(number), 0)
+
+    assert drain.drain(10) == 2
+
+    assert site.received() == [bytes(10) + CONTENTS[0]]
+    assert site.drops() == {reason: plan.count}
+    assert site.stats()["mp.tun.tx.packets"] == 1
+
+
+def test_the_packets_of_a_superpacket_in_progress_are_all_counted_as_passed_over(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.offloads = VIRTIO
+    plan = Plan(4, TCP, bytes(10_000), 1248)
+    publish(site, site.opened[0], [frame(plan)] * 3, segment=plan.count)
+    with monkeypatch.context() as injecting:
+        watch_tun(injecting, _die, 1)
+        with pytest.raises(KilledError):
+            tun_drain(site).drain(10)
+
+    tun_drain(site).drain(10)
+
+    assert site.received() == [frame(plan)] * 2
+    assert site.stats()["mp.ring.resumed"] == plan.count
+    assert site.stats()["mp.tun.tx.packets"] == 2 * plan.count
 
 
 def test_a_partial_write_counts_as_refused(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

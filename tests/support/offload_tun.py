@@ -36,6 +36,10 @@ class OffloadTun:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
 
+    def fileno(self) -> int:
+        """For `select`, and for a drain that writes here; borrowed."""
+        return self._descriptor
+
     def send(self, frame: bytes) -> None:
         """Give the kernel one frame: virtio header and packet. Raises OSError."""
         assert os.write(self._descriptor, frame) == len(frame)
