@@ -1,7 +1,7 @@
 """The consumer's side: what waits in a ring is sent or written, as much as one system call takes at a time.
 
 Data flow: seal ring -> [UdpDrain] -> UDP socket;  open ring -> [TunDrain] -> TUN queue
-Knows which fault of a call leads to what; knows no keys and never looks inside a packet.
+Knows which fault of a call leads to what; knows no keys, and looks inside a packet only to cut it.
 Source: udp(7), ip(7), Linux net/ipv4/udp.c (`udp_send_skb`), Documentation/networking/tuntap.rst;
 docs/architecture.md, "The ring".
 
@@ -22,9 +22,9 @@ goes as a whole or not at all. A train that the kernel refuses as a train goes d
 
 Unless each datagram is refused alone as well: then the fault was not the train's, and nothing is learned.
 
-A superpacket that the TUN device refuses is dropped, not cut. The kernel takes every kind it knows from any
-device with a virtio header, whatever TUNSETOFFLOAD says, and the reader makes no kind that was not granted;
-so a refusal means that the device is down, and would refuse the parts as well.
+A superpacket that the TUN device refuses is cut, and its packets are written one by one. After three in a
+row whose packets were taken, none is tried as a whole any more. No kernel that was tried refuses one for what
+it is; a device that is down refuses the packets as well, and then nothing is learned.
 """
 
 import errno
@@ -38,12 +38,24 @@ from typing import Final
 from nebula_mp.config.model import Offloads
 from nebula_mp.datapath.api import Drop
 from nebula_mp.datapath.filling import Drops
+from nebula_mp.datapath.segment import segment
 from nebula_mp.datapath.sockaddr import SockAddr, Targets
-from nebula_mp.datapath.virtio import HEADER_BYTES, encoded_header_bytes
+from nebula_mp.datapath.virtio import (
+    HEADER_BYTES,
+    PLAIN,
+    OffloadError,
+    VirtioHeader,
+    encoded_header_bytes,
+)
 from nebula_mp.newtypes import Buffer
 from nebula_mp.shm_ring import Consumer
 from nebula_mp.shm_stats import SLOTS, StatsPage
 from nebula_mp.shm_tunnels import UnderlayView
+
+REFUSALS_MAX: Final = 3
+"""So many superpackets in a row that were refused, and their packets not, end the trying."""
+
+_PLAIN: Final = PLAIN.encode()
 
 UDP_WAIT_MS: Final = 1
 TUN_WAIT_MS: Final = 10
@@ -95,6 +107,7 @@ _NO_MEMORY: Final = frozenset({errno.ENOBUFS, errno.ENOMEM})
 _TUN_PACKETS: Final = SLOTS["mp.tun.tx.packets"]
 _TUN_BYTES: Final = SLOTS["mp.tun.tx.bytes"]
 _TUN_AGAIN: Final = SLOTS["mp.tun.again"]
+_TUN_SPLIT: Final = SLOTS["mp.tun.split"]
 _UDP_PACKETS: Final = SLOTS["mp.udp.tx.packets"]
 _UDP_BYTES: Final = SLOTS["mp.udp.tx.bytes"]
 _UDP_TRAINS_OFF: Final = SLOTS["mp.udp.gso_off"]
@@ -277,6 +290,7 @@ class TunDrain:
         self._room = _Room(tun_fd, TUN_WAIT_MS)
         self._header_bytes = HEADER_BYTES if offloads.tun_header else 0
         self._resumed = 0
+        self._refused = 0  # superpackets, one after the other, whose parts were taken
         self._stats = stats
         self._drops = Drops(stats)
 
@@ -287,17 +301,51 @@ class TunDrain:
         while areas < budget and self.ring.pending():
             # Each entry is noted as begun before its turn comes, and so is never written twice.
             for entry, data in self.ring.entries():
-                packets = entry.segment
-                fault = self._try_write(data)
-                if fault is None:
-                    self._stats.add(_TUN_PACKETS, packets)
-                    self._stats.add(_TUN_BYTES, self._packet_bytes(data, packets))
-                else:
-                    self._drops.count(fault, packets)
+                self._write(data, entry.segment)
             self._count_resumed()
             self.ring.release()
             areas += 1
         return areas
+
+    def _write(self, data: memoryview, packets: int) -> None:
+        cut = packets > 1 and self._refused >= REFUSALS_MAX
+        fault = Drop.TUN_REFUSED if cut else self._try_write(data)
+        if fault is None:
+            self._count(data, packets)
+            if packets > 1:
+                self._refused = 0
+        elif fault is Drop.TUN_REFUSED and packets > 1:
+            self._write_parts(data, packets)
+        else:
+            self._drops.count(fault, packets)
+
+    def _write_parts(self, data: memoryview, packets: int) -> None:
+        """Write the packets of a superpacket that the device does not take, one by one."""
+        packet = data[self._header_bytes :]
+        try:
+            parts = segment(VirtioHeader.parse(data[: self._header_bytes], packet), packet)
+        except OffloadError:
+            parts = []
+        if len(parts) != packets:  # no producer of ours made it
+            self._drops.count(Drop.TUN_REFUSED, packets)
+            return
+        taken = False
+        for part in parts:
+            single = memoryview(_PLAIN + part)
+            fault = self._try_write(single)
+            if fault is None:
+                self._count(single, 1)
+                taken = True
+            else:
+                self._drops.count(fault)
+        # Where the parts are refused as well, as by a device that is down, it was not for their being joined.
+        if taken:
+            self._stats.add(_TUN_SPLIT)
+            self._refused += self._refused < REFUSALS_MAX
+
+    def _count(self, data: memoryview, packets: int) -> None:
+        self._stats.add(_TUN_PACKETS, packets)
+        self._stats.add(_TUN_BYTES, self._packet_bytes(data, packets))
 
     def _packet_bytes(self, data: memoryview, packets: int) -> int:
         """Bytes of what was written, as if each of its packets had gone alone, with headers of its own."""

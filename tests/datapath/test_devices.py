@@ -283,7 +283,6 @@ every_version = pytest.mark.parametrize("version", [4, 6])
 def test_a_udp_superpacket_arrives_as_its_datagrams_whatever_the_device_was_asked_for(
     version: int, offloads: int
 ) -> None:
-    """So a superpacket that is refused is not refused for its kind."""
     payload = random.Random(version).randbytes(30_000)
     plan = Plan(version, UDP, payload, 1200 - 7)
     with stack_with(offloads) as stack, stack.listen(version, socket.SOCK_DGRAM) as sink:

@@ -296,14 +296,12 @@ def test_a_superpacket_is_written_whole_and_counts_as_what_its_packets_would_hav
 @pytest.mark.parametrize(
     ("number", "reason"),
     [
-        (errno.EIO, Drop.TUN_REFUSED),
-        (errno.EINVAL, Drop.TUN_REFUSED),
         (errno.ENOBUFS, Drop.TUN_NO_MEMORY),
         (errno.ENOMEM, Drop.TUN_NO_MEMORY),
         (errno.EAGAIN, Drop.TUN_FULL),
     ],
 )
-def test_the_packets_of_a_superpacket_that_is_refused_are_all_counted(
+def test_the_packets_of_a_superpacket_there_is_no_room_for_are_all_counted(
     site: Site, monkeypatch: pytest.MonkeyPatch, number: int, reason: Drop
 ) -> None:
     site.offloads = VIRTIO
@@ -319,6 +317,74 @@ def test_the_packets_of_a_superpacket_that_is_refused_are_all_counted(
     assert site.received() == [bytes(10) + CONTENTS[0]]
     assert site.drops() == {reason: plan.count}
     assert site.stats()["mp.tun.tx.packets"] == 1
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EINVAL])
+def test_a_superpacket_that_is_refused_is_written_packet_by_packet(
+    site: Site, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    site.offloads = VIRTIO
+    plan = Plan(4, TCP, bytes(10_000), 1248)
+    publish(site, site.opened[0], [frame(plan)], segment=plan.count)
+    watch_tun(monkeypatch, refuse(number), 0)
+
+    assert tun_drain(site).drain(10) == 1
+
+    assert site.received() == [bytes(10) + packet for packet in plan.packets()]
+    assert site.drops() == {}
+    stats = site.stats()
+    assert (stats["mp.tun.tx.packets"], stats["mp.tun.split"]) == (plan.count, 1)
+    assert stats["mp.tun.tx.bytes"] == sum(map(len, plan.packets()))
+
+
+def test_after_three_refusals_in_a_row_no_superpacket_is_tried_any_more(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.offloads = VIRTIO
+    plan = Plan(4, TCP, bytes(10_000), 1248)
+    publish(site, site.opened[0], [frame(plan)] * 5, segment=plan.count)
+    tried = _refuse_superpackets(monkeypatch, plan.count)
+
+    tun_drain(site).drain(10)
+
+    assert site.received() == [bytes(10) + packet for packet in plan.packets()] * 5
+    assert len(tried) == 3
+    assert site.stats()["mp.tun.split"] == 5
+
+
+def test_a_device_that_takes_nothing_at_all_is_still_offered_superpackets_later(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.offloads = VIRTIO
+    plan = Plan(4, TCP, bytes(10_000), 1248)
+    drain = tun_drain(site)
+    publish(site, site.opened[0], [frame(plan)] * 5, segment=plan.count)
+    with monkeypatch.context() as down:
+        calls = watch_tun(down, refuse(errno.EIO), 0, times=1000)
+        drain.drain(10)
+    assert site.drops() == {Drop.TUN_REFUSED: 5 * plan.count}
+    assert calls.count == 5 + 5 * plan.count  # each as a whole first
+    publish(site, site.opened[0], [frame(plan)], segment=plan.count)
+
+    drain.drain(10)
+
+    assert site.received() == [frame(plan)]
+    assert site.stats()["mp.tun.split"] == 0
+
+
+def _refuse_superpackets(monkeypatch: pytest.MonkeyPatch, packets: int) -> list[int]:
+    """Let every write of more than one packet fail; gives their sizes as they happen."""
+    tried: list[int] = []
+    write = os.write
+
+    def refuse_large(descriptor: int, data: bytes) -> int:
+        if len(data) > 10_000 // packets * 2:
+            tried.append(len(data))
+            raise OSError(errno.EINVAL, "injected")
+        return write(descriptor, data)
+
+    monkeypatch.setattr("nebula_mp.datapath.drains.os.write", refuse_large)
+    return tried
 
 
 def test_the_packets_of_a_superpacket_in_progress_are_all_counted_as_passed_over(
