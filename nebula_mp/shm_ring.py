@@ -24,8 +24,10 @@ Layout. A ring is two regions, so that each side can map the other's words read-
     +192   u64 progress  consumer     open ring only: area number << 12 | entries begun
 
 An entry is `length` bytes at `offset` of the area's data. In the seal ring these are datagrams of `segment`
-bytes back to back, the last may be shorter, for the tunnel in `row`; in the open ring one packet for the TUN
-device; in upcall rings `segment` is the reason. Whatever is read is copied once, then checked, then used.
+bytes back to back, the last may be shorter, for the tunnel in `row`; `segment` 0 is one datagram. In the open
+ring they are what one write to the TUN device takes: a packet or a superpacket, with its virtio header if the
+device has one, and `segment` is the number of packets in it, 1 and up. In upcall rings `segment` is the
+reason. Whatever is read is copied once, then checked, then used.
 
 The state of an area follows from head and tail, so a death leaves nothing to repair. READY: tail <= n < head.
 DRAINING: n == tail, and its consumer is inside a system call. FILLING: n == head, if the producer is at it.
@@ -129,7 +131,7 @@ class Recovery(Enum):
     """What a successor of the consumer does with the area it finds half drained."""
 
     SEND_AGAIN = "send again"  # the receiver recognises copies
-    GO_ON_BEHIND = "go on behind"  # nothing is delivered twice, one entry may be lost
+    GO_ON_BEHIND = "go on behind"  # nothing is delivered twice, one entry, with all its packets, may be lost
 
 
 class Geometry(NamedTuple):
@@ -419,12 +421,12 @@ class Consumer:
     ) -> None:
         """`segments`: entries' `segment` is a size, at most `length`; without, the caller checks what it is.
 
-        Raises RingError.
+        With `GO_ON_BEHIND` it is a number of packets, 1 and up; each has a byte at least. Raises RingError.
         """
         assert state.writable
         self.geometry = _geometry(data, state)
         self.resumed = 0
-        """How often an area was found half drained and its last begun entry passed over: perhaps lost."""
+        """Packets in entries that were passed over, since a predecessor had begun them: perhaps lost."""
         self._memory = data
         self._words = data.words
         self._state_words = state.words
@@ -480,7 +482,7 @@ class Consumer:
         assert self._head > tail, "pending first"
         entries = self._copy_entries(tail)
         data = self._data[tail % self.geometry.areas]
-        first = self._begun(tail, len(entries)) if self._goes_on else 0
+        first = self._begun(tail, entries) if self._goes_on else 0
         for number in range(first, len(entries)):
             entry = entries[number]
             if self._goes_on:
@@ -510,25 +512,26 @@ class Consumer:
         table = bytes(self._memory.data[at : at + _ENTRY.size * count])
         entries = [Entry._make(fields) for fields in _ENTRY.iter_unpack(table)]
         room = geometry.data_bytes
+        least = 1 if self._goes_on else 0  # packets; none would be missing in the sums over all counters
         for offset, length, segment, row in entries:
             if offset >= room:
                 raise self._bad("offset", offset, f"below {room}")
             if not 0 < length <= room - offset:
                 raise self._bad("length", length, f"1..{room - offset} at {offset}")
-            if self._segments and segment > length:
-                raise self._bad("segment", segment, f"at most the length {length}")
+            if self._segments and not least <= segment <= length:
+                raise self._bad("segment", segment, f"{least}..{length}")
             if row >= self._rows:
                 raise self._bad("row", row, f"below {self._rows}")
         return entries
 
-    def _begun(self, tail: int, count: int) -> int:
-        """How many entries of this area a predecessor began. Raises RingError."""
+    def _begun(self, tail: int, entries: list[Entry]) -> int:
+        """How many of these entries a predecessor began. Raises RingError."""
         number, begun = divmod(self._state_words[PROGRESS], _PROGRESS_MASK + 1)
-        if number > tail or (number == tail and begun > count):
-            raise self._state.contradiction("progress", (number, begun), f"at most {(tail, count)}")
+        if number > tail or (number == tail and begun > len(entries)):
+            raise self._state.contradiction("progress", (number, begun), f"at most {(tail, len(entries))}")
         if number < tail or begun == 0:
             return 0
-        self.resumed += 1
+        self.resumed += entries[begun - 1].segment if self._segments else 1
         return begun
 
     def _check_number(self, tail: int) -> None:

@@ -56,7 +56,7 @@ NAMES = (
     "mp.passes",
     # Microseconds of a core, stored about every 20 ms and before each sleep.
     "mp.cpu.us",
-    # What came in and went out; superpackets count as the packets they hold.
+    # What came in and went out; superpackets count as the packets they hold, with all their headers.
     "mp.tun.rx.packets",
     "mp.tun.rx.bytes",
     "mp.tun.tx.packets",
@@ -70,7 +70,7 @@ NAMES = (
     "mp.ring.full.open",
     "mp.ring.full.upcall",
     "mp.ring.full.stranger",
-    "mp.ring.resumed",
+    "mp.ring.resumed",  # packets that a killed consumer had begun to write: perhaps lost
     "mp.lease.refused",
     "mp.drain.switches",
     "mp.upcalls",

@@ -22,7 +22,7 @@ Buffers. What is read from a descriptor stays in memory of the reader's own unti
 the area being filled; an area is the producer's until it is published, and the consumer's until every system
 call on it has returned. Nobody outside a kernel gets a view of either. An `Upcall` is a copy.
 
-Waiting. No part blocks. A Drain waits at most 1 ms (UDP) or 10 ms (TUN) for room for a packet, and after one
+Waiting. No part blocks. A Drain waits at most 1 ms (UDP) or 10 ms (TUN) for room for a call, and after one
 wait in vain no more in the same call; `bell_wait` waits for as long as it is told.
 
 Errors. What a peer, a stranger or the local stack sends never raises. OSError: the descriptor is lost, which

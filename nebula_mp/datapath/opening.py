@@ -217,7 +217,7 @@ class PythonOpener:
             return
         allowed = self._flows.inbound(flow, tunnel.peer, arrival.at_ms)
         if allowed:
-            self._filler.describe(len(packet), 0, tunnel.local_index & 0xFFFF)
+            self._filler.describe(len(packet), 1, tunnel.local_index & 0xFFFF)
         elif allowed is None:
             self._upcalls.opened(UpcallReason.NEW_FLOW_IN, arrival, tunnel.local_index, packet)
         else:

@@ -157,14 +157,12 @@ class PythonKernel:
         self, ring: Consumer, udp_fd: int, *, tunnels: int, stats: int, offloads: Offloads
     ) -> UdpDrain:
         """As `Kernel.drain_udp`."""
-        del offloads  # the drain takes none yet
         view = UnderlayView(_attach(tunnels, TUNNELS))
-        return UdpDrain(ring, udp_fd, view, StatsPage(stats, writable=True))
+        return UdpDrain(ring, udp_fd, view, StatsPage(stats, writable=True), offloads)
 
     def drain_tun(self, ring: Consumer, tun_fd: int, *, stats: int, offloads: Offloads) -> TunDrain:
         """As `Kernel.drain_tun`."""
-        assert not offloads.tun_header  # the drain takes none yet
-        return TunDrain(ring, tun_fd, StatsPage(stats, writable=True))
+        return TunDrain(ring, tun_fd, StatsPage(stats, writable=True), offloads)
 
     def bell_wait(self, bell: Bell, limit_ms: int) -> bool:
         """As `Kernel.bell_wait`."""
