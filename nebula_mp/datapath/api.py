@@ -46,6 +46,7 @@ from enum import IntEnum, StrEnum
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final, NamedTuple, Protocol
 
+from nebula_mp.config.model import Offloads
 from nebula_mp.errors import RingError
 from nebula_mp.newtypes import Buffer, IPNetwork, Seconds, TunnelIndex, UdpAddr
 from nebula_mp.shm_ring import Bell, Consumer
@@ -311,8 +312,6 @@ class Kernel(Protocol):
     """The whole of it. Descriptors are borrowed: they are non-blocking and stay open while a part lives."""
 
     name: str
-    takes_coalesced: bool
-    """Whether an Opener's socket may have UDP_GRO on."""
 
     def reader(
         self,
@@ -323,17 +322,22 @@ class Kernel(Protocol):
         overlay: tuple[IPNetwork, ...],
         clock: Callable[[], Seconds],
         limits: UpcallLimits,
+        offloads: Offloads,
         poison: bool = False,
     ) -> Reader:
         """Attach as reader, or as its successor. `overlay`: datagrams from these networks have looped.
 
+        `offloads` are those that were granted: with `offloads.tun_header` every packet of the TUN queue has a
+        header of `datapath.virtio` in front; the socket has UDP_GRO on if `offloads.udp_gro`, and only then.
         `poison` overwrites released areas, for tests. Raises RingError, SystemCallError.
         """
 
-    def drain_udp(self, ring: Consumer, udp_fd: int, *, tunnels: int, stats: int) -> Drain:
+    def drain_udp(
+        self, ring: Consumer, udp_fd: int, *, tunnels: int, stats: int, offloads: Offloads
+    ) -> Drain:
         """Send a seal ring; `tunnels` and `stats` are the regions, read-only and writable."""
 
-    def drain_tun(self, ring: Consumer, tun_fd: int, *, stats: int) -> Drain:
+    def drain_tun(self, ring: Consumer, tun_fd: int, *, stats: int, offloads: Offloads) -> Drain:
         """Write an open ring, which was made to go on behind the entry in progress."""
 
     def bell_wait(self, bell: Bell, limit_ms: int) -> bool:

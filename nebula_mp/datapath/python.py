@@ -3,8 +3,8 @@
 Data flow: workers -> [PythonKernel] -> sealing | opening | drains, over the shared regions it attaches to
 Knows which part gets which region; knows nothing of processes.
 
-What it does not do yet: it moves one packet with one system call, has no offloads in either direction
-(`takes_coalesced`), and so neither cuts nor joins superpackets. Parts that will: `PythonSealer._take` sees
+What it does not do yet: it moves one packet with one system call, has no offloads in either direction,
+and so neither cuts nor joins superpackets. Parts that will: `PythonSealer._take` sees
 each packet once it was read, `PythonOpener._admit` each before it is published, and the drains already send
 entries of several datagrams. It has no relay table: relay frames go up. A datagram too large for the path is
 counted; the sender inside the tunnel is not told.
@@ -14,6 +14,7 @@ import fcntl
 import os
 from collections.abc import Callable
 
+from nebula_mp.config.model import Offloads
 from nebula_mp.datapath.api import ReaderMemory, RingFds, UpcallLimits
 from nebula_mp.datapath.drains import TunDrain, UdpDrain
 from nebula_mp.datapath.filling import Drops, Filler, Strangers, Upcalls
@@ -43,8 +44,11 @@ class PythonReader:
         overlay: tuple[IPNetwork, ...],
         clock: Callable[[], Seconds],
         limits: UpcallLimits,
+        offloads: Offloads,
         poison: bool,
     ) -> None:
+        assert not offloads.tun_header  # sealer and opener take none yet
+        assert not offloads.udp_gro
         stats = StatsPage(memory.stats, writable=True)
         drops = Drops(stats)
         keys = _attach(memory.keys, KEYS)
@@ -124,7 +128,6 @@ class PythonKernel:
     """A `datapath.api.Kernel`."""
 
     name = "python"
-    takes_coalesced = False
 
     def reader(
         self,
@@ -135,20 +138,32 @@ class PythonKernel:
         overlay: tuple[IPNetwork, ...],
         clock: Callable[[], Seconds],
         limits: UpcallLimits,
+        offloads: Offloads,
         poison: bool = False,
     ) -> PythonReader:
         """As `Kernel.reader`."""
         return PythonReader(
-            tun_fd, udp_fd, memory, overlay=overlay, clock=clock, limits=limits, poison=poison
+            tun_fd,
+            udp_fd,
+            memory,
+            overlay=overlay,
+            clock=clock,
+            limits=limits,
+            offloads=offloads,
+            poison=poison,
         )
 
-    def drain_udp(self, ring: Consumer, udp_fd: int, *, tunnels: int, stats: int) -> UdpDrain:
+    def drain_udp(
+        self, ring: Consumer, udp_fd: int, *, tunnels: int, stats: int, offloads: Offloads
+    ) -> UdpDrain:
         """As `Kernel.drain_udp`."""
+        del offloads  # the drain takes none yet
         view = UnderlayView(_attach(tunnels, TUNNELS))
         return UdpDrain(ring, udp_fd, view, StatsPage(stats, writable=True))
 
-    def drain_tun(self, ring: Consumer, tun_fd: int, *, stats: int) -> TunDrain:
+    def drain_tun(self, ring: Consumer, tun_fd: int, *, stats: int, offloads: Offloads) -> TunDrain:
         """As `Kernel.drain_tun`."""
+        assert not offloads.tun_header  # the drain takes none yet
         return TunDrain(ring, tun_fd, StatsPage(stats, writable=True))
 
     def bell_wait(self, bell: Bell, limit_ms: int) -> bool:

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Final, NamedTuple
 
 from nebula_mp import netlink
-from nebula_mp.config.model import Config, ListenConfig
+from nebula_mp.config.model import NO_OFFLOADS, Config, ListenConfig
 from nebula_mp.errors import SystemCallError
 from nebula_mp.ioctl_tun import check_name, require_net_admin
 from nebula_mp.newtypes import IPInterface, UdpAddr
@@ -78,6 +78,7 @@ class Host:
         self.device = tun.name
         self.workers = len(tun.queues)
         self.cpus = usable_cpus()
+        self.offloads = NO_OFFLOADS
         self._tun = tun
         self._wanted = wanted
         self._given_up: set[int] = set()

@@ -11,6 +11,7 @@ from dataclasses import replace
 from ipaddress import IPv4Network, ip_address
 
 from nebula_mp import shm_stats
+from nebula_mp.config.model import NO_OFFLOADS, Offloads
 from nebula_mp.crypto.aead import Aead
 from nebula_mp.datapath.api import (
     STRANGER_AREAS,
@@ -58,10 +59,12 @@ class Site:
         area_bytes: int = 72 * 1024,
         entries_max: int = 128,
         limits: UpcallLimits = UNLIMITED,
+        offloads: Offloads = NO_OFFLOADS,
         upcall_areas: int = 8,
     ) -> None:
         self.now = Seconds(1000.0)
         self.limits = limits
+        self.offloads = offloads
         self.tables = tables.small(workers, rows=ROWS, buckets=1024)
         shape = {"areas": areas, "area_bytes": area_bytes, "entries_max": entries_max}
         small = {"area_bytes": UPCALL_AREA_BYTES, "entries_max": UPCALL_ENTRIES}
@@ -154,6 +157,7 @@ class Site:
             overlay=OVERLAY,
             clock=self.clock,
             limits=self.limits,
+            offloads=self.offloads,
             poison=True,
         )
 
@@ -170,13 +174,17 @@ class Site:
             self.udp[worker].fileno(),
             tunnels=self.tables.tunnels.read_only,
             stats=self.pages[self._workers + worker].descriptor,
+            offloads=self.offloads,
         )
         return drain.drain(100)
 
     def write(self, worker: int = 0) -> int:
         """Drain the open ring to the TUN device; gives the number of areas."""
         drain = KERNEL.drain_tun(
-            self.open_ring(worker), self.tun_fd, stats=self.pages[self._workers + worker].descriptor
+            self.open_ring(worker),
+            self.tun_fd,
+            stats=self.pages[self._workers + worker].descriptor,
+            offloads=self.offloads,
         )
         return drain.drain(100)
 

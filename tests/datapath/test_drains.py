@@ -37,11 +37,14 @@ def udp_drain(site: Site) -> UdpDrain:
         site.udp[0].fileno(),
         tunnels=site.tables.tunnels.read_only,
         stats=site.pages[1].descriptor,
+        offloads=site.offloads,
     )
 
 
 def tun_drain(site: Site) -> TunDrain:
-    return KERNEL.drain_tun(site.open_ring(), site.tun.fileno(), stats=site.pages[1].descriptor)
+    return KERNEL.drain_tun(
+        site.open_ring(), site.tun.fileno(), stats=site.pages[1].descriptor, offloads=site.offloads
+    )
 
 
 def tail(site: Site, *, seal: bool) -> int:

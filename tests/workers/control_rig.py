@@ -22,6 +22,7 @@ from nebula_mp.cert.codec import encode_pem
 from nebula_mp.cert.identity import Identity
 from nebula_mp.cert.keys import encode_private_key
 from nebula_mp.config.model import (
+    NO_OFFLOADS,
     Config,
     FirewallConfig,
     FirewallRule,
@@ -389,6 +390,7 @@ class _Host:
 
     device = "nebula1"
     cpus = (0, 1)
+    offloads = NO_OFFLOADS
 
     def __init__(self, steering: SteeringGroup, tuns: tuple[int, ...], listener: socket.socket) -> None:
         self.steering = steering

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import pytest
 
-from nebula_mp.config.model import Config, DrainMode, LoggingConfig, MpConfig, PkiConfig
+from nebula_mp.config.model import NO_OFFLOADS, Config, DrainMode, LoggingConfig, MpConfig, PkiConfig
 from nebula_mp.datapath.api import ReaderMemory, RingFds
 from nebula_mp.errors import SystemCallError
 from nebula_mp.newtypes import Cipher
@@ -62,6 +62,7 @@ class Shared:
                 steering=steering,
                 listener=self.sockets[5],
                 cpus=(0, 1, 2),
+                offloads=NO_OFFLOADS,
             ),
         )
         self.key = os.memfd_create("key")

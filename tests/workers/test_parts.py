@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from nebula_mp.config.model import DrainMode, LoggingConfig
+from nebula_mp.config.model import DrainMode, LoggingConfig, Offloads
 from nebula_mp.datapath.api import ReaderMemory, RingFds, UpcallLimits
 from nebula_mp.shm import Region
 from nebula_mp.shm_table import WORKERS_MAX
@@ -106,6 +106,7 @@ OTHERS: dict[str, object] = {
     "bool": True,
     "LoggingConfig": LoggingConfig(),
     "DrainMode": DrainMode.AUTO,
+    "Offloads": Offloads(),
     "UpcallLimits": UpcallLimits(),
     "tuple[IPNetwork, ...]": (ip_network("10.42.0.0/24"),),
 }

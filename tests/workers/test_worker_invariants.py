@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from nebula_mp import clock
-from nebula_mp.config.model import DrainMode
+from nebula_mp.config.model import NO_OFFLOADS, DrainMode
 from nebula_mp.crypto.aead import Aead
 from nebula_mp.datapath import drains
 from nebula_mp.datapath.api import Drop
@@ -203,7 +203,9 @@ def test_a_writer_killed_at_any_instruction_between_call_and_release_alters_noth
 def write_out(rig: Rig) -> None:
     """Drain the open ring as a successor would."""
     consumer = rig.site.open_ring()
-    drain = KERNEL.drain_tun(consumer, rig.tun_fds[0], stats=rig.site.pages[1].descriptor)
+    drain = KERNEL.drain_tun(
+        consumer, rig.tun_fds[0], stats=rig.site.pages[1].descriptor, offloads=NO_OFFLOADS
+    )
     drain.drain(100)
 
 
