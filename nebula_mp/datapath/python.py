@@ -47,8 +47,6 @@ class PythonReader:
         offloads: Offloads,
         poison: bool,
     ) -> None:
-        assert not offloads.tun_header  # sealer and opener take none yet
-        assert not offloads.udp_gro
         stats = StatsPage(memory.stats, writable=True)
         drops = Drops(stats)
         keys = _attach(memory.keys, KEYS)
@@ -117,6 +115,7 @@ class PythonReader:
             overlay=overlay,
             stats=stats,
             clock=clock,
+            offloads=offloads,
         )
 
     def sweep(self) -> int:
