@@ -117,6 +117,7 @@ class PythonReader:
             overlay=overlay,
             stats=stats,
             clock=clock,
+            offloads=offloads,
         )
 
     def sweep(self) -> int:

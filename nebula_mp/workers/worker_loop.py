@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Final
 
 from nebula_mp import clock
-from nebula_mp.config.model import NO_OFFLOADS, LogLevel
+from nebula_mp.config.model import LogLevel
 from nebula_mp.datapath.api import Drain, Kernel, RingFds
 from nebula_mp.datapath.python import PythonKernel
 from nebula_mp.errors import RingError

@@ -148,7 +148,7 @@ class Site:
             stranger_bells={each: bell.descriptor for each, bell in enumerate(self.bells) if each != worker},
         )
 
-    def reader(self, worker: int = 0) -> PythonReader:
+    def reader(self, worker: int = 0, *, poison: bool = True) -> PythonReader:
         """Attach, as a reader or its successor."""
         return KERNEL.reader(
             self.tun_fd,
@@ -158,7 +158,7 @@ class Site:
             clock=self.clock,
             limits=self.limits,
             offloads=self.offloads,
-            poison=True,
+            poison=poison,
         )
 
     def seal_ring(self, worker: int = 0) -> Consumer:

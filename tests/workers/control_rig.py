@@ -391,6 +391,7 @@ class _Host:
 
     device = "nebula1"
     cpus = (0, 1)
+    offloads = NO_OFFLOADS
 
     def __init__(
         self, steering: SteeringGroup, tuns: tuple[int, ...], listener: socket.socket, offloads: Offloads
