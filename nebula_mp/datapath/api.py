@@ -46,6 +46,7 @@ from enum import IntEnum, StrEnum
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final, NamedTuple, Protocol
 
+from nebula_mp.config.model import Offloads
 from nebula_mp.errors import RingError
 from nebula_mp.newtypes import Buffer, IPNetwork, Seconds, TunnelIndex, UdpAddr
 from nebula_mp.shm_ring import Bell, Consumer
@@ -81,6 +82,7 @@ class Drop(StrEnum):
     REFUSED_IN = "drop.firewall.incoming.no_rule"  # a refusal in the flow table, which keeps no reason
     # Packets from the TUN device.
     TUN_INNER_IP = "drop.tun.inner_ip"
+    TUN_OFFLOAD = "mp.tun.drop.offload"  # the header in front of it contradicts it
     REFUSED_OUT = "drop.firewall.outgoing.no_rule"  # as above
     SEAL_RING_FULL = "mp.ring.full.seal"
     EXHAUSTED = "drop.exhausted"  # no counter: at its end, or its lock was held for more than 50 ms
@@ -249,9 +251,10 @@ class Sealer(Protocol):
     """TUN queue -> seal ring."""
 
     def poll(self, budget: int) -> int:
-        """Read at most `budget` packets, until the queue is empty; gives how many. Publishes what it sealed.
+        """Read about `budget` packets, until the queue is empty; gives how many. Publishes what it sealed.
 
-        Raises OSError, RingError.
+        A superpacket counts as the packets it is cut into, and the last one may exceed the budget. Raises
+        OSError, RingError.
         """
 
     @property
@@ -323,11 +326,13 @@ class Kernel(Protocol):
         overlay: tuple[IPNetwork, ...],
         clock: Callable[[], Seconds],
         limits: UpcallLimits,
+        offloads: Offloads,
         poison: bool = False,
     ) -> Reader:
         """Attach as reader, or as its successor. `overlay`: datagrams from these networks have looped.
 
-        `poison` overwrites released areas, for tests. Raises RingError, SystemCallError.
+        `offloads` are those that both descriptors were granted. `poison` overwrites released areas, for
+        tests. Raises RingError, SystemCallError.
         """
 
     def drain_udp(self, ring: Consumer, udp_fd: int, *, tunnels: int, stats: int) -> Drain:

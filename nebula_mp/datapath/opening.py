@@ -20,7 +20,8 @@ from nebula_mp.crypto.replay import WIDTH
 from nebula_mp.datapath.api import DATAGRAM_BYTES_MAX, Arrival, Drop, UpcallReason, parse_record
 from nebula_mp.datapath.drains import LOST, borrow_socket
 from nebula_mp.datapath.filling import Drops, Filler, Strangers, Upcalls
-from nebula_mp.datapath.sealing import OVERHEAD_BYTES, Ciphers
+from nebula_mp.datapath.runs import OVERHEAD_BYTES
+from nebula_mp.datapath.sealing import Ciphers
 from nebula_mp.datapath.sockaddr import Sources
 from nebula_mp.errors import AuthError, ReplayError, WireError
 from nebula_mp.newtypes import IPNetwork, Seconds, UdpAddr

@@ -14,6 +14,7 @@ import fcntl
 import os
 from collections.abc import Callable
 
+from nebula_mp.config.model import Offloads
 from nebula_mp.datapath.api import ReaderMemory, RingFds, UpcallLimits
 from nebula_mp.datapath.drains import TunDrain, UdpDrain
 from nebula_mp.datapath.filling import Drops, Filler, Strangers, Upcalls
@@ -43,6 +44,7 @@ class PythonReader:
         overlay: tuple[IPNetwork, ...],
         clock: Callable[[], Seconds],
         limits: UpcallLimits,
+        offloads: Offloads,
         poison: bool,
     ) -> None:
         stats = StatsPage(memory.stats, writable=True)
@@ -83,6 +85,7 @@ class PythonReader:
             stats=stats,
             clock=clock,
             entries_max=seal.geometry.entries_max,
+            offloads=offloads,
         )
         self.opener = PythonOpener(
             udp_fd,
@@ -135,11 +138,19 @@ class PythonKernel:
         overlay: tuple[IPNetwork, ...],
         clock: Callable[[], Seconds],
         limits: UpcallLimits,
+        offloads: Offloads,
         poison: bool = False,
     ) -> PythonReader:
         """As `Kernel.reader`."""
         return PythonReader(
-            tun_fd, udp_fd, memory, overlay=overlay, clock=clock, limits=limits, poison=poison
+            tun_fd,
+            udp_fd,
+            memory,
+            overlay=overlay,
+            clock=clock,
+            limits=limits,
+            offloads=offloads,
+            poison=poison,
         )
 
     def drain_udp(self, ring: Consumer, udp_fd: int, *, tunnels: int, stats: int) -> UdpDrain:

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import Final
 
 from nebula_mp import clock
-from nebula_mp.config.model import DrainMode
+from nebula_mp.config.model import DrainMode, Offloads
 from nebula_mp.datapath.api import Drain
 from nebula_mp.errors import RingError
 from nebula_mp.newtypes import Seconds
@@ -114,6 +114,7 @@ class _Loop:
             overlay=parts.overlay,
             clock=clock.monotonic,
             limits=parts.limits,
+            offloads=Offloads(tso=False, uso=False, udp_segment=False, udp_gro=False),
             poison=parts.poison,
         )
         sealer, opener = self._reader.sealer, self._reader.opener

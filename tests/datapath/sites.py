@@ -11,6 +11,7 @@ from dataclasses import replace
 from ipaddress import IPv4Network, ip_address
 
 from nebula_mp import shm_stats
+from nebula_mp.config.model import Offloads
 from nebula_mp.crypto.aead import Aead
 from nebula_mp.datapath.api import (
     STRANGER_AREAS,
@@ -28,7 +29,7 @@ from nebula_mp.newtypes import Cipher, Counter, Seconds, TunnelIndex, UdpAddr
 from nebula_mp.shm import Region
 from nebula_mp.shm_flows import FlowTable
 from nebula_mp.shm_peers import PeerTable
-from nebula_mp.shm_ring import Bell, Consumer, Recovery, RingMemory
+from nebula_mp.shm_ring import Bell, Consumer, Entry, Recovery, RingMemory
 from nebula_mp.shm_stats import StatsPage
 from nebula_mp.shm_table import FLOWS, PEERS, SEEN, PeerRef
 from nebula_mp.shm_tunnels import TunnelFields, TunnelState
@@ -42,6 +43,7 @@ OVERLAY = (IPv4Network("10.9.0.0/16"),)
 UNLIMITED = UpcallLimits(
     per_tunnel=(10**6, 10**6), plain=(10**6, 10**6), datagrams=(10**6, 10**6), unknown=(10**6, 10**6)
 )
+NO_OFFLOADS = Offloads(tso=False, uso=False, udp_segment=False, udp_gro=False)
 DROPS = {drop.value for drop in Drop}
 ROWS = 64
 TIMEOUT_MS = 60_000
@@ -59,9 +61,11 @@ class Site:
         entries_max: int = 128,
         limits: UpcallLimits = UNLIMITED,
         upcall_areas: int = 8,
+        offloads: Offloads = NO_OFFLOADS,
     ) -> None:
         self.now = Seconds(1000.0)
         self.limits = limits
+        self.offloads = offloads
         self.tables = tables.small(workers, rows=ROWS, buckets=1024)
         shape = {"areas": areas, "area_bytes": area_bytes, "entries_max": entries_max}
         small = {"area_bytes": UPCALL_AREA_BYTES, "entries_max": UPCALL_ENTRIES}
@@ -154,6 +158,7 @@ class Site:
             overlay=OVERLAY,
             clock=self.clock,
             limits=self.limits,
+            offloads=self.offloads,
             poison=True,
         )
 
@@ -162,6 +167,17 @@ class Site:
 
     def open_ring(self, worker: int = 0) -> Consumer:
         return rings.consume(self.opened[worker], Recovery.GO_ON_BEHIND, rows=ROWS)
+
+    def sealed(self, worker: int = 0) -> list[tuple[Entry, list[bytes]]]:
+        """What waits in the seal ring, which is empty then: each entry and its datagrams."""
+        ring, found = self.seal_ring(worker), []
+        while ring.pending():
+            for entry, data in ring.entries():
+                assert 0 < entry.segment <= entry.length
+                steps = range(0, entry.length, entry.segment)
+                found.append((entry, [bytes(data[at : at + entry.segment]) for at in steps]))
+            ring.release()
+        return found
 
     def send(self, worker: int = 0) -> int:
         """Drain the seal ring to UDP; gives the number of areas."""
