@@ -3,10 +3,10 @@
 Data flow: workers -> [PythonKernel] -> sealing | opening | drains, over the shared regions it attaches to
 Knows which part gets which region; knows nothing of processes.
 
-What it does not do yet: it moves one packet with one system call, has no offloads in either direction
-(`takes_coalesced`), and so neither cuts nor joins superpackets. Parts that will: `PythonSealer._take` sees
-each packet once it was read, `PythonOpener._admit` each before it is published, and the drains already send
-entries of several datagrams. It has no relay table: relay frames go up. A datagram too large for the path is
+Superpackets of the TUN device are cut by `runs` and `segment`. What it does not do yet: it takes and sends
+one datagram with one system call, and joins none (`takes_coalesced`). Parts that will: `PythonOpener._admit`
+sees each packet before it is published, and the drains get entries of several datagrams. It has no relay
+table: relay frames go up. A datagram too large for the path is
 counted; the sender inside the tunnel is not told.
 """
 

@@ -43,7 +43,6 @@ _HEADER: Final = struct.Struct("!BBHIQ")
 _FIRST_BYTES: Final = (VERSION << 4 | MessageType.MESSAGE, MESSAGE_IP, 0)
 _U64: Final = np.dtype(">u8")
 _COUNTER_AT: Final = 8
-_NUMBERS: Final = np.arange(PACKETS_MAX, dtype=np.uint64)
 
 
 class _Grid:
@@ -201,12 +200,17 @@ class SuperRun:
         self._first = first
 
     @classmethod
-    def divide(cls, peer: PeerRef, superpacket: Superpacket, room_bytes: int) -> "Iterator[SuperRun]":
+    def divide(cls, peer: PeerRef, superpacket: Superpacket, room_bytes: int) -> "list[SuperRun]":
         """Give the runs of a superpacket of which each fits an area with room for `room_bytes`."""
-        step = min(room_bytes // superpacket.stride, PACKETS_MAX)
-        count = superpacket.cut.count
-        for first in range(0, count, step):
-            yield cls(peer, superpacket, first, min(step, count - first))
+        cut, stride = superpacket.cut, superpacket.stride
+        most, left = min(room_bytes // stride, PACKETS_MAX), cut.count
+        # The last packet may be so short that one more fits than otherwise.
+        if (
+            left <= PACKETS_MAX
+            and (left - 1) * stride + cut.segment_size(left - 1) + OVERHEAD_BYTES <= room_bytes
+        ):
+            return [cls(peer, superpacket, 0, left)]
+        return [cls(peer, superpacket, first, min(most, left - first)) for first in range(0, left, most)]
 
     def packets(self) -> list[bytes]:
         """Each packet by itself."""
@@ -223,7 +227,7 @@ class SuperRun:
         cut.place(packet, out, stride, self._first, count)
         cut.stamp(out, stride, self._first, count)
         grid.first_halves[begin:end] = _first_half(target.remote_index)
-        np.add(_NUMBERS[:count], np.uint64(first), out=grid.counters[begin:end])
+        grid.counters[begin:end] = np.arange(first, first + count, dtype=np.uint64)
         headers, plaintexts, outs = grid.headers[begin:end], grid.plaintexts[begin:end], grid.outs[begin:end]
         if self.size_bytes < count * stride:
             middle, last_end = (count - 1) * stride, self.size_bytes - HEADER_BYTES

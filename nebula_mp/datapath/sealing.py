@@ -102,6 +102,7 @@ class PythonSealer:
         self._arena = memoryview(bytearray(_ARENA_BYTES))
         self._at = 0
         self._runs: deque[Run] = deque()
+        self._growing: PlainRun | None = None  # the last run, if packets may still be added
         self._held_since: Seconds | None = None
 
     @property
@@ -120,7 +121,7 @@ class PythonSealer:
         taken = size_bytes = 0
         lost = None
         self._seal_runs(now)
-        while taken < budget and not self.is_holding:
+        while taken < budget and self._held_since is None:
             if self._at + _PACKET_BYTES_MAX > _ARENA_BYTES:
                 self._seal_runs(now)
                 continue
@@ -135,7 +136,9 @@ class PythonSealer:
             taken += packets
             size_bytes += inner_bytes
             # A run that may still grow stays; the others go.
-            self._seal_runs(now, leave=1 if self._growing() else 0)
+            leave = self._growing is not None
+            if len(self._runs) > leave:
+                self._seal_runs(now, leave=leave)
         if not self.is_holding:
             self._seal_runs(now)
         self._filler.flush()
@@ -189,14 +192,14 @@ class PythonSealer:
         elif size_bytes > self._filler.room_bytes:
             self._drops.count(Drop.OVERSIZE)
         else:
-            run = self._growing()
+            run = self._growing
             if (
                 run is None
                 or run.peer != peer
                 or run.size_bytes + size_bytes > self._filler.room_bytes
                 or run.count == self._entries_max
             ):
-                run = PlainRun(peer)
+                run = self._growing = PlainRun(peer)
                 self._runs.append(run)
             run.append(packet)
             self._at += len(packet)
@@ -214,6 +217,7 @@ class PythonSealer:
             self._drops.count(Drop.OVERSIZE, count)
         else:
             self._runs.extend(SuperRun.divide(peer, superpacket, room_bytes))
+            self._growing = None
             self._at += len(packet)
 
     def _find(self, packet: memoryview, count: int, now_ms: int) -> PeerRef | None:
@@ -228,11 +232,6 @@ class PythonSealer:
             self._drops.count(Drop.REFUSED_OUT, count)
         return peer
 
-    def _growing(self) -> PlainRun | None:
-        """The run to which packets may still be added."""
-        run = self._runs[-1] if self._runs else None
-        return run if isinstance(run, PlainRun) else None
-
     def _seal_runs(self, now: Seconds, *, leave: int = 0) -> None:
         """Seal the oldest runs until one must be held, or so many are left."""
         while len(self._runs) > leave:
@@ -241,6 +240,7 @@ class PythonSealer:
             self._held_since = None
             self._runs.popleft()
         if not self._runs:
+            self._growing = None
             self._at = 0
 
     def _try_seal(self, run: Run, now: Seconds) -> bool:

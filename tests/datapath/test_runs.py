@@ -564,3 +564,21 @@ def test_a_superpacket_on_its_way_through_both_rings_and_sockets_arrives(site: S
 
     assert opened(drained([site.far])) == [*plan.packets(), packet(1)]
     site.check_ledger()
+
+
+@pytest.mark.parametrize(("missing", "entries"), [(0, [4]), (1, [4]), (-1, [3, 1])])
+def test_a_superpacket_fits_an_area_up_to_the_last_byte(
+    make_site: MakeSite, missing: int, entries: list[int]
+) -> None:
+    site = make_site(area_bytes=4096, offloads=SUPER)  # 1984 bytes for data
+    connect(site)
+    plan = whole(500, length=1984 - 4 * 32 - 3 * 40 - missing)
+    assert plan.count == 4
+    allow(site, plan)
+    give(site, plan)
+
+    site.reader().sealer.poll(1)
+
+    found = site.sealed()
+    assert [len(datagrams) for _, datagrams in found] == entries
+    assert opened([each for _, datagrams in found for each in datagrams]) == plan.packets()
