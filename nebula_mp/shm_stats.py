@@ -85,6 +85,7 @@ NAMES = (
     "mp.tun.drop.refused",
     "mp.tun.drop.again",
     "mp.tun.drop.lost",
+    "mp.tun.drop.offload",
     "mp.udp.gso_off",
     "mp.udp.drop.unreachable",
     "mp.udp.drop.toobig",

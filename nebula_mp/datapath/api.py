@@ -86,6 +86,7 @@ class Drop(StrEnum):
     REFUSED_IN = "drop.firewall.incoming.no_rule"  # a refusal in the flow table, which keeps no reason
     # Packets from the TUN device.
     TUN_INNER_IP = "drop.tun.inner_ip"
+    TUN_OFFLOAD = "mp.tun.drop.offload"  # the header in front of it contradicts it
     REFUSED_OUT = "drop.firewall.outgoing.no_rule"  # as above
     SEAL_RING_FULL = "mp.ring.full.seal"
     EXHAUSTED = "drop.exhausted"  # no counter: at its end, or its lock was held for more than 50 ms
@@ -254,7 +255,7 @@ class Sealer(Protocol):
     """TUN queue -> seal ring."""
 
     def poll(self, budget: int) -> int:
-        """Read at most `budget` packets, until the queue is empty; gives how many. Publishes what it sealed.
+        """Read about `budget` packets, until the queue is empty; gives how many. Publishes what it sealed.
 
         A superpacket is never left in part, so the last one may exceed the budget. Raises OSError, RingError.
         """

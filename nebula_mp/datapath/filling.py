@@ -49,6 +49,7 @@ class Filler:
 
     def __init__(self, producer: Producer) -> None:
         self._producer = producer
+        self.areas: Final = producer.geometry.areas
         self.room_bytes: Final = producer.geometry.data_bytes
         self.entries_max: Final = producer.geometry.entries_max
         self.at = 0
@@ -68,14 +69,16 @@ class Filler:
             and self._entries + entries <= self.entries_max
         )
 
-    def try_room(self, size_bytes: int, entries: int = 1) -> bool:
+    def try_room(self, size_bytes: int, entries: int = 1, align: int = 1) -> bool:
         """Have room for so much, if need be in the next area; False, and nothing is begun, with a full ring.
 
-        It must fit an empty area. Raises RingError.
+        It must fit an empty area. `at` is then a multiple of `align`. Raises RingError.
         """
         assert size_bytes <= self.room_bytes
         assert entries <= self.entries_max
-        if self.fits(size_bytes, entries):
+        gap = -self.at % align
+        if self.fits(gap + size_bytes, entries):
+            self.at += gap
             return True
         self.flush()
         if self._entries < 0:

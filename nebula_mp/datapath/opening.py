@@ -26,7 +26,8 @@ from nebula_mp.datapath.batches import Batch
 from nebula_mp.datapath.delivery import Delivery
 from nebula_mp.datapath.drains import LOST, borrow_socket
 from nebula_mp.datapath.filling import Drops, Filler, Strangers, Upcalls
-from nebula_mp.datapath.sealing import OVERHEAD_BYTES, Ciphers
+from nebula_mp.datapath.runs import OVERHEAD_BYTES
+from nebula_mp.datapath.sealing import Ciphers
 from nebula_mp.datapath.sockaddr import Sources
 from nebula_mp.errors import AuthError, ReplayError
 from nebula_mp.newtypes import IPNetwork, Seconds, UdpAddr

@@ -3,11 +3,9 @@
 Data flow: workers -> [PythonKernel] -> sealing | opening | drains, over the shared regions it attaches to
 Knows which part gets which region; knows nothing of processes.
 
-What it does not do yet: it moves one packet with one system call, has no offloads in either direction,
-and so neither cuts nor joins superpackets. Parts that will: `PythonSealer._take` sees
-each packet once it was read, `PythonOpener._admit` each before it is published, and the drains already send
-entries of several datagrams. It has no relay table: relay frames go up. A datagram too large for the path is
-counted; the sender inside the tunnel is not told.
+Superpackets of the TUN device are cut by `runs` and `segment`, and made by `batches`, `delivery` and
+`coalesce`. What it does not do yet: it has no relay table, so relay frames go up; and a datagram too large
+for the path is counted, but the sender inside the tunnel is not told.
 """
 
 import fcntl
@@ -47,8 +45,6 @@ class PythonReader:
         offloads: Offloads,
         poison: bool,
     ) -> None:
-        assert not offloads.tun_header  # sealer and opener take none yet
-        assert not offloads.udp_gro
         stats = StatsPage(memory.stats, writable=True)
         drops = Drops(stats)
         keys = _attach(memory.keys, KEYS)
@@ -87,6 +83,7 @@ class PythonReader:
             stats=stats,
             clock=clock,
             entries_max=seal.geometry.entries_max,
+            offloads=offloads,
         )
         self.opener = PythonOpener(
             udp_fd,

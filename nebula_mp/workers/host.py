@@ -59,12 +59,6 @@ def worker_count(config: Config, cpus: int) -> int:
     return min(max(wanted, 1), WORKERS_MAX)
 
 
-def wanted_offloads(config: Config) -> Offloads:
-    """Which offloads to ask for."""
-    # Until the parts of the Python kernel take them: then this is `return config.mp.offload`.
-    return replace(config.mp.offload, tso=False, uso=False, udp_segment=False, udp_gro=False)
-
-
 def superpacket_segments(mtu_bytes: int, underlay_version: int) -> int:
     """How many packets of a full-sized superpacket one send takes once they are sealed.
 
@@ -271,7 +265,7 @@ def _open_device_and_sockets(
 
     Gives the offloads that were granted as well, and warnings.
     """
-    wanted = wanted_offloads(config)
+    wanted = config.mp.offload
     with ExitStack() as attempt:
         tun, warnings = TunQueues.open(config.tun, worker_count(config, len(usable_cpus())), wanted)
         attempt.callback(tun.close)

@@ -29,7 +29,7 @@ from nebula_mp.newtypes import Cipher, Counter, Seconds, TunnelIndex, UdpAddr
 from nebula_mp.shm import Region
 from nebula_mp.shm_flows import FlowTable
 from nebula_mp.shm_peers import PeerTable
-from nebula_mp.shm_ring import Bell, Consumer, Recovery, RingMemory
+from nebula_mp.shm_ring import Bell, Consumer, Entry, Recovery, RingMemory
 from nebula_mp.shm_stats import StatsPage
 from nebula_mp.shm_table import FLOWS, PEERS, SEEN, PeerRef
 from nebula_mp.shm_tunnels import TunnelFields, TunnelState
@@ -166,6 +166,17 @@ class Site:
 
     def open_ring(self, worker: int = 0) -> Consumer:
         return rings.consume(self.opened[worker], Recovery.GO_ON_BEHIND, rows=ROWS)
+
+    def sealed(self, worker: int = 0) -> list[tuple[Entry, list[bytes]]]:
+        """What waits in the seal ring, which is empty then: each entry and its datagrams."""
+        ring, found = self.seal_ring(worker), []
+        while ring.pending():
+            for entry, data in ring.entries():
+                assert 0 < entry.segment <= entry.length
+                steps = range(0, entry.length, entry.segment)
+                found.append((entry, [bytes(data[at : at + entry.segment]) for at in steps]))
+            ring.release()
+        return found
 
     def send(self, worker: int = 0) -> int:
         """Drain the seal ring to UDP; gives the number of areas."""

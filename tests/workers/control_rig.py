@@ -39,7 +39,7 @@ from nebula_mp.control.actions import Action, SendDatagram, WriteTun
 from nebula_mp.control.controller import Controller
 from nebula_mp.datapath.api import Arrival, UpcallLimits, UpcallReason
 from nebula_mp.datapath.filling import Drops, Upcalls
-from nebula_mp.datapath.sealing import Ciphers, seal_message
+from nebula_mp.datapath.sealing import Ciphers
 from nebula_mp.newtypes import Instant, IPAddress, Seconds, TunnelIndex, UdpAddr
 from nebula_mp.shm import LockFile, Mapping
 from nebula_mp.shm_counters import SendCounters, Traffic
@@ -56,7 +56,6 @@ from nebula_mp.wire.header import (
     MESSAGE_IP,
     TEST_REPLY,
     TEST_REQUEST,
-    VERSION,
     Header,
     MessageType,
 )
@@ -305,11 +304,9 @@ class Hand:
         row = self.row(index)
         counter = self.counters().reserve(index & 0xFFFF, row.generation, 1)
         assert isinstance(counter, int)
-        out = bytearray(len(packet) + 32)
-        first = (VERSION << 4 | MessageType.MESSAGE, MESSAGE_IP)
-        seal_message(row.ciphers.send, first, row.remote_index, counter, packet, out=memoryview(out))
+        header = Header(MessageType.MESSAGE, MESSAGE_IP, TunnelIndex(row.remote_index), counter).encode()
         assert row.underlay is not None
-        assert self.udp.send(bytes(out), row.underlay) is None
+        assert self.udp.send(header + row.ciphers.send.seal(counter, header, packet), row.underlay) is None
 
     # ---- inbound ----
 

@@ -15,7 +15,6 @@ from nebula_mp.config.model import NO_OFFLOADS, Config, ListenConfig, MpConfig, 
 from nebula_mp.errors import InstanceError, SystemCallError
 from nebula_mp.tun_queues import TunQueues
 from nebula_mp.udp_socket import UdpSocket
-from nebula_mp.workers import host as host_module
 from nebula_mp.workers.checked import Checked, PkiSources
 from nebula_mp.workers.host import Host, superpacket_segments, worker_count
 from tests.support.private_net import devices, private_network
@@ -319,10 +318,9 @@ def test_a_superpacket_has_as_many_packets_as_fit_one_send_when_sealed(
 
 
 @pytest.fixture
-def asking(monkeypatch: pytest.MonkeyPatch, undo: ExitStack) -> None:
-    """Ask for all that the configuration wants, in a network that forwards nothing."""
+def unforwarding(undo: ExitStack) -> None:
+    """A network that passes no packets on."""
     forward(0)
-    monkeypatch.setattr(host_module, "wanted_offloads", lambda config: config.mp.offload)
 
 
 def forward(switch: int) -> None:
@@ -343,7 +341,7 @@ def with_offloads(checked: Checked, offloads: Offloads) -> Checked:
 
 
 @pytest.mark.e2e
-@pytest.mark.usefixtures("asking")
+@pytest.mark.usefixtures("unforwarding")
 @pytest.mark.parametrize(
     "off", [(), ("tso",), ("uso",), ("udp_segment",), ("udp_gro",), ("tso", "uso"), ("udp_gro", "tso")]
 )
@@ -361,7 +359,7 @@ def test_what_is_wanted_is_granted_and_nothing_else(
 
 
 @pytest.mark.e2e
-@pytest.mark.usefixtures("asking")
+@pytest.mark.usefixtures("unforwarding")
 def test_without_several_queues_there_is_one_worker_and_no_warning(checked: Checked, undo: ExitStack) -> None:
     host, warnings = Host.open(with_offloads(checked, Offloads(multiqueue=False)), undo)
 
@@ -370,7 +368,7 @@ def test_without_several_queues_there_is_one_worker_and_no_warning(checked: Chec
 
 
 @pytest.mark.e2e
-@pytest.mark.usefixtures("asking")
+@pytest.mark.usefixtures("unforwarding")
 def test_a_kernel_that_cannot_cut_datagrams_is_named_with_the_cost(
     checked: Checked, undo: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -387,7 +385,7 @@ def test_a_kernel_that_cannot_cut_datagrams_is_named_with_the_cost(
 
 
 @pytest.mark.e2e
-@pytest.mark.usefixtures("asking")
+@pytest.mark.usefixtures("unforwarding")
 def test_the_size_of_superpackets_follows_the_mtu_and_comes_back_with_it(
     checked: Checked, undo: ExitStack
 ) -> None:
@@ -404,7 +402,7 @@ def test_the_size_of_superpackets_follows_the_mtu_and_comes_back_with_it(
 
 
 @pytest.mark.e2e
-@pytest.mark.usefixtures("asking")
+@pytest.mark.usefixtures("unforwarding")
 def test_a_machine_that_forwards_has_no_limit_since_larger_ones_would_be_cut_up(
     checked: Checked, undo: ExitStack
 ) -> None:
@@ -421,7 +419,7 @@ def test_a_machine_that_forwards_has_no_limit_since_larger_ones_would_be_cut_up(
 
 
 @pytest.mark.e2e
-@pytest.mark.usefixtures("asking")
+@pytest.mark.usefixtures("unforwarding")
 def test_a_device_that_is_made_again_has_the_same_offloads(checked: Checked, undo: ExitStack) -> None:
     host, _ = Host.open(with_offloads(checked, Offloads(uso=False)), undo)
     host.close_device()
@@ -433,7 +431,7 @@ def test_a_device_that_is_made_again_has_the_same_offloads(checked: Checked, und
 
 
 @pytest.mark.e2e
-@pytest.mark.usefixtures("asking")
+@pytest.mark.usefixtures("unforwarding")
 def test_a_kernel_that_does_not_limit_superpackets_costs_nothing_but_speed(
     checked: Checked, undo: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
