@@ -40,7 +40,7 @@ from nebula_mp.workers import logs
 from nebula_mp.workers.channel import Channel, ChannelError, Message, discard
 from nebula_mp.workers.checked import Checked, Load, encode
 from nebula_mp.workers.events import Events, Signals
-from nebula_mp.workers.host import Host, worker_count
+from nebula_mp.workers.host import Host
 from nebula_mp.workers.memory import Memory
 from nebula_mp.workers.notify import READY, STOPPING, notify
 from nebula_mp.workers.parts import Role
@@ -238,20 +238,8 @@ class Supervisor:
                 "drain": running.config.mp.drain,
             },
         )
-        self._say_offloads()
+        host.say_offloads()
         notify(READY, f"STATUS=device {host.device}, listening on {host.udp}")
-
-    def _say_offloads(self) -> None:
-        """Say which offloads are in force; the warnings of the start say what was refused."""
-        host, config = self._host, self._reloading.running.config
-        granted = host.offloads
-        fields: dict[str, object] = {"tso": granted.tso, "uso": granted.uso}
-        fields |= {"udpSegment": granted.udp_segment, "udpGro": granted.udp_gro, "queues": host.workers}
-        fields |= {"gsoMaxSegs": host.segments} if host.segments is not None else {}
-        logs.write(LogLevel.INFO, "offloads", fields)
-        wanted = worker_count(config, len(host.cpus))
-        if not config.mp.offload.multiqueue and wanted > 1:
-            logs.write(LogLevel.INFO, "one worker, as mp.offload.multiqueue is off", {"wanted": wanted})
 
     def _stop(self, exit_code: int = 0) -> None:
         if not self._stopping:

@@ -139,6 +139,17 @@ class Host:
         """Where the gateway listens."""
         return self.steering.control.local
 
+    def say_offloads(self) -> None:
+        """Log which offloads are in force; what the kernel refused is among the warnings of `open`."""
+        granted, config = self.offloads, self._wanted.config
+        fields: dict[str, object] = {"tso": granted.tso, "uso": granted.uso}
+        fields |= {"udpSegment": granted.udp_segment, "udpGro": granted.udp_gro, "queues": self.workers}
+        fields |= {"gsoMaxSegs": self.segments} if self.segments is not None else {}
+        logs.write(LogLevel.INFO, "offloads", fields)
+        wanted = worker_count(config, len(self.cpus))
+        if not config.mp.offload.multiqueue and wanted > 1:
+            logs.write(LogLevel.INFO, "one worker, as mp.offload.multiqueue is off", {"wanted": wanted})
+
     def device_error(self) -> str | None:
         """Why the device cannot be used any more: somebody deleted it; None if it is there."""
         queue = next(self._tun.queues[number] for number in sorted(self._tun.attached))
