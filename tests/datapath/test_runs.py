@@ -582,3 +582,28 @@ def test_a_superpacket_fits_an_area_up_to_the_last_byte(
     found = site.sealed()
     assert [len(datagrams) for _, datagrams in found] == entries
     assert opened([each for _, datagrams in found for each in datagrams]) == plan.packets()
+
+
+def test_packets_and_superpackets_of_one_flow_keep_their_order_and_share_a_reservation_only_with_their_kind(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = whole(1000, length=5_040)
+    alone = [replace(plan, payload=plan.payload[:size], sequence=size) for size in (10, 10, 20, 20)]
+    before, after = meaning(*alone[:2]), meaning(*alone[2:])
+    allow(site, plan)
+    reserved: list[int] = []
+    reserve = SendCounters.reserve
+
+    def watched(
+        counters: SendCounters, row: int, generation: int, count: int, area: int, *, regardless: bool
+    ) -> Counter | Refusal:
+        reserved.append(count)
+        return reserve(counters, row, generation, count, area, regardless=regardless)
+
+    monkeypatch.setattr(SendCounters, "reserve", watched)
+    give(site, *before, plan, *after, plan, plan)
+
+    site.reader().sealer.poll(100)
+
+    assert reserved == [2, plan.count, 2, plan.count, plan.count]
+    assert opened(wire(site)) == meaning(*before, plan, *after, plan, plan)
