@@ -36,6 +36,10 @@ class OffloadTun:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
 
+    def fileno(self) -> int:
+        """For a part of the program that is to read the device itself."""
+        return self._descriptor
+
     def send(self, frame: bytes) -> None:
         """Give the kernel one frame: virtio header and packet. Raises OSError."""
         assert os.write(self._descriptor, frame) == len(frame)
