@@ -1,6 +1,9 @@
 """Superpackets from TUN to seal ring: cut, sealed in place, counted packet by packet, or sent up one by one."""
 
+import select
+import socket
 import struct
+import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -26,13 +29,16 @@ from tests.datapath.sites import INDEX_FAR, INDEX_NEAR, KEY_OUT, Site, connect, 
 from tests.datapath.superpackets import TIMESTAMPS, Plan, plans
 from tests.datapath.test_sealing import store_counter
 from tests.support import tables
-from tests.support.packets import ACK, CWR, FIN, PSH, TCP, UDP
+from tests.support.offload_tun import EVERYTHING, PATIENCE_S, OffloadTun, is_noise, offload_tun
+from tests.support.packets import ACK, CWR, FIN, PSH, TCP, UDP, checksum
+from tests.support.private_net import private_network
 from tests.support.watched import KilledError
 
 SUPER = Offloads()
 FIRST_COUNTER = 3
 NO_HEADER = bytes(10)
 ROW = INDEX_NEAR & 0xFFFF
+UDP_SEGMENT = 103  # of setsockopt
 
 
 @pytest.fixture
@@ -582,3 +588,67 @@ def test_a_superpacket_fits_an_area_up_to_the_last_byte(
     found = site.sealed()
     assert [len(datagrams) for _, datagrams in found] == entries
     assert opened([each for _, datagrams in found for each in datagrams]) == plan.packets()
+
+
+def test_packets_and_superpackets_of_one_flow_keep_their_order_and_share_a_reservation_only_with_their_kind(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = whole(1000, length=5_040)
+    alone = [replace(plan, payload=plan.payload[:size], sequence=size) for size in (10, 10, 20, 20)]
+    before, after = meaning(*alone[:2]), meaning(*alone[2:])
+    allow(site, plan)
+    reserved: list[int] = []
+    reserve = SendCounters.reserve
+
+    def watched(
+        counters: SendCounters, row: int, generation: int, count: int, area: int, *, regardless: bool
+    ) -> Counter | Refusal:
+        reserved.append(count)
+        return reserve(counters, row, generation, count, area, regardless=regardless)
+
+    monkeypatch.setattr(SendCounters, "reserve", watched)
+    give(site, *before, plan, *after, plan, plan)
+
+    site.reader().sealer.poll(100)
+
+    assert reserved == [2, plan.count, 2, plan.count, plan.count]
+    assert opened(wire(site)) == meaning(*before, plan, *after, plan, plan)
+
+
+@pytest.mark.e2e
+def test_what_a_real_device_gives_is_sealed_whole_or_goes_up_packet_by_packet(make_site: MakeSite) -> None:
+    site = make_site(offloads=SUPER)
+    connect(site)
+    data = bytes(range(251)) * 200
+    with (
+        private_network(),
+        offload_tun("nmpseal0", ["10.50.1.2/24"], 1300, EVERYTHING) as tun,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender,
+    ):
+        sender.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, 1200)
+        site.tun_fd = tun.fileno()
+        sealer = site.reader().sealer
+
+        sender.sendto(data, ("10.50.1.9", 4000))
+        poll_until(sealer, tun, lambda: site.stats()["mp.upcalls"] >= 42)
+        up = [each.packet for each in site.upcalls() if not is_noise(each.packet)]
+        site.allow(up[0])
+        sender.sendto(data, ("10.50.1.9", 4000))
+        poll_until(sealer, tun, lambda: sealer.waiting() > 0)
+
+    ((entry, datagrams),) = site.sealed()
+    assert entry.segment == 1228 + 32
+    for found in (up, opened(datagrams)):
+        assert b"".join(each[28:] for each in found) == data
+        for each in found:
+            pseudo = each[12:20] + b"\0\x11" + (len(each) - 20).to_bytes(2, "big")
+            assert checksum(each[:20]) == checksum(pseudo + each[20:]) == 0
+    assert site.drops() == {}
+
+
+def poll_until(sealer: Sealer, tun: OffloadTun, done: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not done():
+        assert time.monotonic() < end
+        select.select([tun], [], [], 1.0)
+        sealer.poll(100)
