@@ -15,7 +15,6 @@ from ipaddress import ip_address
 from typing import Any, cast
 
 from nebula_mp.config.model import NO_OFFLOADS, Offloads
-from nebula_mp.datapath.opening import PythonOpener
 from nebula_mp.newtypes import UdpAddr
 from tests.datapath.batches import ALL, SOURCE, sealed, site_of
 from tests.datapath.sites import Site
@@ -57,7 +56,7 @@ class Inlet:
 
 def rounds(site: Site, plan: Plan, offloads: Offloads) -> list[float]:
     """Microseconds for each batch, of each round; the counters go on."""
-    opener = cast("PythonOpener", site.reader(poison=False).opener)
+    opener = site.reader(poison=False).opener
     ring = site.open_ring()
     packets = plan.packets()
     counter = 3

@@ -39,11 +39,11 @@ class Spec(NamedTuple):
     packet: bytes
     counter: int
     kind: MessageType = MessageType.MESSAGE
-    index: TunnelIndex = INDEX_NEAR
+    to: TunnelIndex = INDEX_NEAR
     forged_bit: int | None = None
 
     def encode(self) -> bytes:
-        datagram = bytearray(message(self.counter, self.packet, kind=self.kind, index=self.index))
+        datagram = bytearray(message(self.counter, self.packet, kind=self.kind, index=self.to))
         if self.forged_bit is not None:
             bit = self.forged_bit % (8 * len(datagram))
             datagram[bit // 8] ^= 1 << bit % 8
@@ -108,7 +108,7 @@ def change(draw: st.DrawFn, specs: list[Spec]) -> None:
         case "message":
             specs[at] = one._replace(kind=MessageType.TEST)
         case "stranger":
-            specs[at] = one._replace(index=TunnelIndex(0x1111_0003))
+            specs[at] = one._replace(to=TunnelIndex(0x1111_0003))
         case "ahead":
             ahead = draw(st.sampled_from([1, 3, WIDTH, 3 * WIDTH]))
             specs[at] = one._replace(counter=min(one.counter + ahead, 2**64 - 1))
