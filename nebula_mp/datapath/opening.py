@@ -251,16 +251,16 @@ class PythonOpener:
             self._drops.count(Drop.LOOPED)
             return
         if kind is None:
-            self._upcalls.raw(UpcallReason.DATAGRAM, Arrival(source, 0, 0, now_ms), datagram)
+            self._hand_up(UpcallReason.DATAGRAM, Arrival(source, 0, 0, now_ms), datagram)
             return
         arrival = Arrival(source, kind, datagram[1], now_ms)
         if kind in _NOT_OURS or (kind == MessageType.MESSAGE and datagram[1] == MESSAGE_RELAY):
-            self._upcalls.raw(UpcallReason.DATAGRAM, arrival, datagram)
+            self._hand_up(UpcallReason.DATAGRAM, arrival, datagram)
             return
         index = int.from_bytes(datagram[4:8], "big")
         tunnel = self._tunnels.get(index)
         if tunnel is None:
-            self._upcalls.raw(UpcallReason.UNKNOWN_INDEX, arrival, datagram)
+            self._hand_up(UpcallReason.UNKNOWN_INDEX, arrival, datagram)
         elif tunnel.owner != self._worker:
             self._strangers.push(tunnel.owner, arrival, datagram)
         elif size < OVERHEAD_BYTES:
@@ -299,11 +299,16 @@ class PythonOpener:
             return
         window.update(counter)
         self._traffic.received(row, tunnel.generation, 1, len(datagram), arrival.at_ms)
-        if tunnel.state is not TunnelState.PROVEN:
-            self._upcalls.opened(UpcallReason.FIRST, arrival, tunnel.local_index, out)
-        elif not is_packet:
-            self._upcalls.opened(UpcallReason.MESSAGE, arrival, tunnel.local_index, out)
-        else:
+        if is_packet and tunnel.state is TunnelState.PROVEN:
             if arrival.source != tunnel.underlay:
                 self._upcalls.moved(arrival, tunnel.local_index)
             self._delivery.take(tunnel, arrival, size)
+        else:
+            self._delivery.settle()  # what came earlier goes up earlier
+            reason = UpcallReason.MESSAGE if tunnel.state is TunnelState.PROVEN else UpcallReason.FIRST
+            self._upcalls.opened(reason, arrival, tunnel.local_index, out)
+
+    def _hand_up(self, reason: UpcallReason, arrival: Arrival, datagram: memoryview) -> None:
+        """Let control see a datagram as it came, behind what came earlier."""
+        self._delivery.settle()
+        self._upcalls.raw(reason, arrival, datagram)

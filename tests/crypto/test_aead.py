@@ -180,3 +180,47 @@ def test_many_are_sealed_as_each_of_them_alone_with_the_counters_that_follow(
     aead.seal_each(first, headers, sources, outs)
 
     assert outs == [aead.seal(first + at, headers[at], each) for at, each in enumerate(plaintexts)]
+
+
+def overlapping(
+    cipher: Cipher, count: int, size: int, step: int, keep: int
+) -> tuple[list[bytes], list[bytes], bytearray, list[memoryview], list[memoryview]]:
+    """Packets from counter 7 on: plain, sealed, the memory for them, where in it each belongs, what to keep."""
+    aead = Aead(cipher, KEY)
+    plain = [bytes((number * 7 + each) % 256 for each in range(size)) for number in range(count)]
+    sealed = [aead.seal(7 + number, b"%d" % number, each) for number, each in enumerate(plain)]
+    memory = bytearray(b"\xdd" * (count * step + size))
+    view = memoryview(memory)
+    outs = [view[number * step : number * step + size] for number in range(count)]
+    return plain, sealed, memory, outs, [out[:keep] for out in outs]
+
+
+@pytest.mark.parametrize("cipher", Cipher)
+@pytest.mark.parametrize("step", [30, 40, 50])
+def test_packets_opened_over_each_other_leave_what_was_to_be_kept(cipher: Cipher, step: int) -> None:
+    plain, sealed, memory, outs, kept = overlapping(cipher, 5, 40, step, 10)
+    data = [b"%d" % number for number in range(5)]
+
+    # From the last to the first: so each overwrites the head of the one behind it.
+    found = Aead(cipher, KEY).open_each_into(
+        range(11, 6, -1), data[::-1], sealed[::-1], outs[::-1], kept[::-1]
+    )
+
+    assert found == [each[:10] for each in plain[::-1]]
+    assert bytes(outs[0]) == plain[0]
+    assert bytes(memory[5 * step :]) == (plain[4][5 * step - 4 * step :] + b"\xdd" * 40)[:40]
+
+
+@pytest.mark.parametrize("cipher", Cipher)
+@pytest.mark.parametrize("forged", range(4))
+def test_of_packets_opened_together_the_forged_one_becomes_zeros_and_none_behind_it_is_opened(
+    cipher: Cipher, forged: int
+) -> None:
+    plain, sealed, memory, outs, kept = overlapping(cipher, 4, 40, 40, 10)
+    sealed[forged] = sealed[forged][:-1] + bytes([sealed[forged][-1] ^ 1])
+
+    with pytest.raises(AuthError, match=f"packet {forged} of a batch"):
+        Aead(cipher, KEY).open_each_into(range(7, 11), [b"0", b"1", b"2", b"3"], sealed, outs, kept)
+
+    untouched = b"\xdd" * (40 * (3 - forged) + 40)
+    assert bytes(memory) == b"".join(plain[:forged]) + bytes(40) + untouched
