@@ -27,6 +27,7 @@ DROPS = (
     "type",
     "looped",
     "unknown_index",
+    "early",  # its tunnel did not become one, or too many came before it did
     "truncated",
     "replay",
     "old",
