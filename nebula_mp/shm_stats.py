@@ -26,8 +26,8 @@ DROPS = (
     "version",
     "type",
     "looped",
+    "early",  # before the answer to a handshake of ours: too many, or there was none
     "unknown_index",
-    "early",  # its tunnel did not become one, or too many came before it did
     "truncated",
     "replay",
     "old",
