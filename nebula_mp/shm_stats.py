@@ -26,6 +26,7 @@ DROPS = (
     "version",
     "type",
     "looped",
+    "early",  # before the answer to a handshake of ours: too many, or there was none
     "unknown_index",
     "truncated",
     "replay",

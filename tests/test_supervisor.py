@@ -322,8 +322,8 @@ def test_a_ring_that_contradicts_itself_is_emptied_and_both_halves_start_anew(ru
     running.wait_for_start("reader/0", 2)
     running.wait_for_start("writer/0", 2)
 
-    assert generations == [1, 1]
-    assert running.records("begins", who="reader/0")[1]["generations"] == [2, 2]
+    assert generations == [1, 1, 1]
+    assert running.records("begins", who="reader/0")[1]["generations"] == [2, 2, 2]
     assert running.wait("heard", who="control", kind="upcalls")["worker"] == 0
     assert running.records("ring contradiction", role="reader/0")
     assert running.wait("worker ended")["code"] == 4
@@ -342,8 +342,8 @@ def test_the_second_contradiction_empties_the_rings_between_readers_too(gateway:
     gateway.wait_for_start("reader/1", 2)
 
     found = [record["generations"] for record in gateway.records("begins", who="reader/0")]
-    assert found == [[1, 1, 1], [2, 2, 1], [3, 3, 2]]
-    assert gateway.records("begins", who="reader/1")[-1]["generations"] == [1, 1, 2]
+    assert found == [[1, 1, 1, 1], [2, 2, 2, 1], [3, 3, 3, 2]]
+    assert gateway.records("begins", who="reader/1")[-1]["generations"] == [1, 1, 1, 2]
     assert gateway.starts("writer/1") == 1
 
 
@@ -351,7 +351,7 @@ def test_a_ring_of_upcalls_that_control_finds_bad_is_emptied(running: Supervised
     running.orders.give("control", Order.FIND_BAD_RING)
     running.wait_for_start("reader/0", 2)
 
-    assert running.records("begins", who="reader/0")[1]["generations"] == [2, 2]
+    assert running.records("begins", who="reader/0")[1]["generations"] == [2, 2, 2]
     assert running.wait("heard", who="control", kind="upcalls")["worker"] == 0
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from nebula_mp.config.model import LogLevel
-from nebula_mp.newtypes import UdpAddr
+from nebula_mp.newtypes import TunnelIndex, UdpAddr
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,15 @@ class WriteTun:
 
 
 @dataclass(frozen=True, slots=True)
+class HandOver:
+    """Let the data path open a datagram, as if it had come to it, now that it knows the tunnel."""
+
+    local_index: TunnelIndex
+    datagram: bytes
+    source: UdpAddr
+
+
+@dataclass(frozen=True, slots=True)
 class LogEvent:
     """One log record; `fields` are the key=value pairs after the message, in this order."""
 
@@ -35,4 +44,4 @@ class LogEvent:
     fields: Mapping[str, object] = field(default_factory=dict)
 
 
-Action = SendDatagram | WriteTun | LogEvent
+Action = SendDatagram | WriteTun | HandOver | LogEvent

@@ -40,7 +40,9 @@ or was joined from, a batch of datagrams as its datagrams; bytes are theirs, wit
 `datapath.virtio`. What goes up or to another reader is always single and complete.
 
 What one reader hands to another (`mp.strangers`) was counted when it came in, and is counted by its owner
-when it leaves. What a Drain was doing when its process died it sends again (UDP) or passes over (TUN).
+when it leaves. What control hands back (`mp.strangers` of its page) had gone up, since it came before its
+tunnel was known; it comes in once more, and is added on the left. What a Drain was doing when its process
+died it sends again (UDP) or passes over (TUN).
 """
 
 import struct
@@ -54,6 +56,7 @@ from nebula_mp.config.model import Offloads
 from nebula_mp.errors import RingError
 from nebula_mp.newtypes import Buffer, IPNetwork, Seconds, TunnelIndex, UdpAddr
 from nebula_mp.shm_ring import Bell, Consumer
+from nebula_mp.shm_table import WORKERS_MAX
 
 DATAGRAM_BYTES_MAX: Final = 9001
 """The largest datagram a Nebula node reads."""
@@ -63,6 +66,10 @@ UPCALL_ENTRIES: Final = 32
 """For rings of upcalls and of strangers: any datagram fits into an area behind its record."""
 UPCALL_AREAS: Final = 32
 STRANGER_AREAS: Final = 8
+HANDOVER_AREAS: Final = 64
+"""For the ring that control fills for a reader: it must take at once what was kept for a handshake."""
+CONTROL: Final = WORKERS_MAX
+"""Control's number among those that fill stranger rings."""
 
 
 class Drop(StrEnum):
@@ -231,7 +238,7 @@ class ReaderMemory:
     open_ring: RingFds  # data writable
     upcall_ring: RingFds  # data writable
     seal_states: tuple[int, ...]  # of all workers' seal rings, read-only: how far each has been sent
-    strangers_in: dict[int, RingFds]  # by the reader that fills it; state writable
+    strangers_in: dict[int, RingFds]  # by the reader that fills it, or CONTROL; state writable
     strangers_out: dict[int, RingFds]  # by the owner that drains it; data writable
     control_bell: int
     stranger_bells: dict[int, int]  # by the owner that they wake
@@ -247,7 +254,9 @@ class UpcallLimits:
     per_tunnel: tuple[int, int] = (10_000, 1_000)
     plain: tuple[int, int] = (10_000, 1_000)  # from the local stack
     datagrams: tuple[int, int] = (5_000, 500)  # where the kernel does not steer, all handshakes are these
-    unknown: tuple[int, int] = (200, 100)  # control answers 100 a second at most
+    # The rate bounds a flood: control answers 100 a second at most. The burst is what a peer may send on a
+    # new tunnel before control has read its answer, 5 ms of 100,000 a second; a flood has it once.
+    unknown: tuple[int, int] = (200, 512)
     moved: tuple[int, int] = (20, 5)  # per tunnel; only a notice, so nothing is lost
 
 

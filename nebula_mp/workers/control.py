@@ -3,6 +3,7 @@
 Data flow: its UDP socket | upcall rings | timer | supervisor | services -> [workers.control] -> Controller
            Controller's actions -> [workers.control] -> UDP socket | TUN queues | log
            Controller -> workers.tables -> shared memory -> readers
+           datagrams that came before their tunnel -> workers.handover -> the readers that own them
 It waits, takes a batch, calls the controller and performs what that returns; what a packet means, and what
 happens next, is decided there. It opens nothing after its start: all descriptors come from the supervisor.
 Should it die, its successor goes on from the shared tables and the journal; docs/architecture.md says how.
@@ -19,13 +20,13 @@ from typing import Any
 import nebula_mp
 from nebula_mp import clock
 from nebula_mp.config.model import Config, LogLevel
-from nebula_mp.control.actions import Action, LogEvent, SendDatagram, WriteTun
+from nebula_mp.control.actions import Action, HandOver, LogEvent, SendDatagram, WriteTun
 from nebula_mp.control.controller import Controller, HostStatus
 from nebula_mp.control.plane import Opened
 from nebula_mp.datapath.api import Upcall, UpcallReason, take_upcalls
 from nebula_mp.errors import NebulaError, RingError, SystemCallError
 from nebula_mp.ioctl_tun import TunDevice, TunLostError, WriteFault
-from nebula_mp.newtypes import Instant, IPAddress, Seconds, UdpAddr
+from nebula_mp.newtypes import Instant, IPAddress, Seconds, TunnelIndex, UdpAddr
 from nebula_mp.shm import LockFile
 from nebula_mp.shm import Mapping as Memory
 from nebula_mp.shm_ring import DATA, STATE, Bell, Consumer
@@ -37,6 +38,7 @@ from nebula_mp.workers import logs
 from nebula_mp.workers.channel import Channel, Message
 from nebula_mp.workers.checked import Checked, read_pki
 from nebula_mp.workers.expiry import ExpiryWatch
+from nebula_mp.workers.handover import Handover
 from nebula_mp.workers.loop import BATCH, Alarm, end_on_error, run
 from nebula_mp.workers.parts import ControlParts, upcall_lock
 from nebula_mp.workers.pki import Pki
@@ -82,6 +84,7 @@ class Control:
         self._bell = Bell(parts.bell)
         self._locks = LockFile(parts.ring_locks)
         self._upcalls: dict[int, Consumer] = {}
+        self._handover = Handover(parts.strangers_out, parts.stranger_bells, self._page)
         self._supervisor = Channel(parts.supervisor, "the supervisor")
         self._services = Channel(parts.services, "services")
         self._stats: Counter[str] = Counter()
@@ -170,12 +173,13 @@ class Control:
             if ring.pending():
                 self._bell.ring()
         except RingError as error:
-            self._give_back(worker, error)
+            self._give_back(worker, error, f"upcall/{worker}")
 
-    def _give_back(self, worker: int, error: RingError) -> None:
-        """Use a ring no more until the supervisor has emptied it."""
+    def _give_back(self, worker: int, error: RingError, ring: str) -> None:
+        """Use the rings of a worker no more until the supervisor has emptied them."""
         self._upcalls.pop(worker, None)
-        fields = {"ring": f"upcall/{worker}", "field": error.field, "value": error.value}
+        self._handover.detach(worker)
+        fields = {"ring": ring, "field": error.field, "value": error.value}
         logs.write(LogLevel.ERROR, "ring contradiction", fields)
         self._supervisor.send("bad_ring", {"worker": worker})
 
@@ -196,6 +200,7 @@ class Control:
     def _settle(self) -> None:
         """Let the readers know what was decided, now that the packets it was decided for are on their way."""
         self._controller.handle_displaced(self._plane.settle(clock.monotonic()))
+        self._handover.flush()
         self._rearm()
 
     def _on_alarm(self) -> None:
@@ -224,8 +229,18 @@ class Control:
                         self._count(_UDP_TX, data)
                 case WriteTun(packet, queue):
                     self._write_tun(packet, self._tuns[queue])
+                case HandOver(index, datagram, source):
+                    self._hand_over(index, datagram, source)
                 case LogEvent():
                     logs.log(action)
+
+    def _hand_over(self, index: TunnelIndex, datagram: bytes, source: UdpAddr) -> None:
+        """Let the reader that owns the tunnel now, which was published before, open the datagram."""
+        owner = self._plane.owner(index)
+        try:
+            self._handover.push(owner, datagram, source, clock.monotonic())
+        except RingError as error:
+            self._give_back(owner, error, f"stranger/control/{owner}")
 
     def _count(self, slots: tuple[int, int], packet: bytes) -> None:
         packets, size_bytes = slots
@@ -342,7 +357,7 @@ class Control:
         self._end(0)
 
     def _attach(self, worker: int) -> None:
-        """Become the consumer of a reader's upcalls. Raises SystemCallError."""
+        """Become the consumer of a reader's upcalls, and fill its ring of ours. Raises SystemCallError."""
         self._upcalls.pop(worker, None)
         if not self._locks.lock(upcall_lock(worker)).try_take():
             raise SystemCallError(f"upcall ring {worker}: another process reads it")
@@ -351,8 +366,10 @@ class Control:
             data = Memory(ring.data, DATA, writable=False, name=name)
             state = Memory(ring.state, STATE, writable=True, name=name)
             self._upcalls[worker] = Consumer(data, state, segments=False)
+            name = f"stranger/control/{worker}"
+            self._handover.attach(worker)
         except RingError as error:
-            self._give_back(worker, error)
+            self._give_back(worker, error, name)
 
     # ---- services ----
 

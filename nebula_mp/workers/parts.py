@@ -49,7 +49,7 @@ def upcall_lock(worker: int) -> int:
 
 
 def stranger_lock(reader: int, owner: int) -> int:
-    """Lock that `owner` has as the consumer of the ring that `reader` fills for it."""
+    """Lock that `owner` has as the consumer of the ring that `reader`, or CONTROL, fills for it."""
     return _KINDS * WORKERS_MAX + reader * WORKERS_MAX + owner
 
 
@@ -137,6 +137,8 @@ class ControlParts(Parts):
     tables: TableFds
     owners: tuple[int, ...]  # the reader that owns each share of the local indexes
     upcall_rings: tuple[RingFds, ...]  # data read-only, state writable
+    strangers_out: tuple[RingFds, ...]  # by the reader that drains it; data writable, state read-only
+    stranger_bells: tuple[Fd, ...]  # by the reader that they wake
     ring_locks: Fd
     bell: Fd
     pages: tuple[tuple[str, Fd], ...]  # stats of every other process, read-only

@@ -23,6 +23,7 @@ not know which one counts); to free a peer's row before its last tunnel's (its f
 
 import collections
 import math
+import select
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
@@ -62,9 +63,13 @@ from nebula_mp.workers.journal import Journal, Record, SavedCertificate
 from nebula_mp.workers.parts import TableFds
 from nebula_mp.workers.shares import Shares
 
-COUNTER_WAIT: Final = Seconds(0.002)
-"""For so long control waits for a counter whose lock another process has."""
-_COUNTER_TRIES: Final = 100  # of about 50 us each; should the clock stand still
+COUNTER_WAIT: Final = Seconds(0.05)
+"""For so long control waits for a counter whose lock another process has, as a sealer does (its LOCK_HOLD):
+that process lost its core while it had it. Who was stopped for good costs control this once for the tunnel,
+not with every message: the next ones have one try."""
+_STOPPED: Final = Seconds(3)  # by then the supervisor has killed it
+_NAP: Final = 0.0005  # s; it may need our core
+_COUNTER_TRIES: Final = 100  # with a nap after each
 
 _NOTHING_PASSED: Final = Passed(0, Seconds(float("-inf")), 0)
 
@@ -89,6 +94,7 @@ class _Open:
     generation: int
     remote: UdpAddr
     is_noted: bool  # in the journal, or too long for it
+    busy_at: Seconds = Seconds(float("-inf"))  # when a wait for its counter was last in vain
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,11 +177,15 @@ class ShmPlane:
         assert len(owners) == self.workers
         self._owners = tuple(owners)
         for index, known in self._open.items():
-            self._publish(known, replace(known.fields, owner=self._owner(index)))
+            self._publish(known, replace(known.fields, owner=self.owner(index)))
+
+    def owner(self, index: TunnelIndex) -> int:
+        """The reader that opens what comes for a tunnel of this local index, as things are."""
+        return self._owners[index % self.workers]
 
     def queue_for(self, tunnel: Tunnel) -> int:
         """As `DataPlane.queue_for`: that of the reader that owns the tunnel."""
-        return self._owner(tunnel.local_index)
+        return self.owner(tunnel.local_index)
 
     # ---- tunnels ----
 
@@ -228,17 +238,18 @@ class ShmPlane:
     # ---- counters ----
 
     def try_reserve(self, tunnel: Tunnel, size_bytes: int) -> Counter | None:
-        """As `DataPlane.try_reserve`; waits 2 ms at most, and sends whatever another worker still holds."""
+        """As `DataPlane.try_reserve`; waits 50 ms at most, and sends whatever another worker still holds."""
         known = self._open.get(tunnel.local_index)
         if known is None:
             return None
         row, regardless = _row(tunnel.local_index), False
         start = self._clock()
+        patience = COUNTER_WAIT if start - known.busy_at >= _STOPPED else Seconds(0)
         for _ in range(_COUNTER_TRIES):
             counter = self._counters.reserve(row, known.generation, 1, regardless=regardless)
             match counter:
-                case Refusal.BUSY if self._clock() - start < COUNTER_WAIT:
-                    continue
+                case Refusal.BUSY if self._clock() - start < patience:
+                    select.select([], [], [], _NAP)
                 case Refusal.SPAN:
                     # One message of ours in a while; whoever lags behind may lose it to the peer's window.
                     self.stats["mp.counter.span"] += 1
@@ -246,9 +257,12 @@ class ShmPlane:
                 case Refusal():
                     break
                 case _:
+                    known.busy_at = Seconds(float("-inf"))
                     self._sent.sent(row, known.generation, 1, size_bytes, _ms(self._clock()))
                     return counter
         if counter is Refusal.BUSY:
+            if patience:
+                known.busy_at = start
             self.stats["mp.counter.busy"] += 1
         return None
 
@@ -428,9 +442,6 @@ class ShmPlane:
         assert self._peer_table is not None  # `recover` was called
         return self._peer_table
 
-    def _owner(self, index: TunnelIndex) -> int:
-        return self._owners[index % self.workers]
-
     def _fields(self, session: Completed, remote: UdpAddr, ref: PeerRef, *, proven: bool) -> TunnelFields:
         certificate = session.peer.certificate
         sources = frozenset(address.packed for address in certificate.addresses)
@@ -440,7 +451,7 @@ class ShmPlane:
             remote_index=session.remote_index,
             state=TunnelState.PROVEN if proven else TunnelState.CANDIDATE,
             cipher=session.send.cipher,
-            owner=self._owner(session.local_index),
+            owner=self.owner(session.local_index),
             peer=ref,
             underlay=remote,
             sources=sources if is_simple else None,

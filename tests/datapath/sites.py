@@ -14,6 +14,7 @@ from nebula_mp import shm_stats
 from nebula_mp.config.model import NO_OFFLOADS, Offloads
 from nebula_mp.crypto.aead import Aead
 from nebula_mp.datapath.api import (
+    CONTROL,
     STRANGER_AREAS,
     UPCALL_AREA_BYTES,
     UPCALL_ENTRIES,
@@ -68,7 +69,7 @@ class Site:
         self.tables = tables.small(workers, rows=ROWS, buckets=1024)
         shape = {"areas": areas, "area_bytes": area_bytes, "entries_max": entries_max}
         small = {"area_bytes": UPCALL_AREA_BYTES, "entries_max": UPCALL_ENTRIES}
-        pairs = [(one, two) for one in range(workers) for two in range(workers) if one != two]
+        pairs = [(one, two) for one in (*range(workers), CONTROL) for two in range(workers) if one != two]
         self.seal = [RingMemory.create(f"seal/{each}", **shape) for each in range(workers)]
         self.opened = [RingMemory.create(f"open/{each}", **shape) for each in range(workers)]
         self.upcall = [
