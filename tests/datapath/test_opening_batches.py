@@ -12,10 +12,11 @@ from nebula_mp.datapath.api import DATAGRAM_BYTES_MAX, Drop, UpcallReason
 from nebula_mp.datapath.virtio import HEADER_BYTES, VirtioHeader
 from nebula_mp.newtypes import Cipher, TunnelIndex
 from nebula_mp.shm_ring import POISON
+from nebula_mp.wire.header import MessageType
 from tests.datapath.batches import ALL, GRO, SOL_UDP, SOURCE, Batch, feed, packets_of, sealed, site_of, take
 from tests.datapath.sites import INDEX_NEAR, UNLIMITED, Site, message
 from tests.datapath.superpackets import TIMESTAMPS, Plan
-from tests.support.packets import ACK, ECE, PSH, TCP, UDP
+from tests.support.packets import ACK, ECE, PSH, TCP, UDP, checksum
 
 SEGMENT = 103
 FLOW = Plan(4, TCP, bytes(range(256)) * 200, 1248, options=TIMESTAMPS)  # 41 packets, the last shorter
@@ -336,6 +337,102 @@ def test_datagrams_from_different_addresses_are_not_joined(site: Site) -> None:
     assert [len(each.packets) for each in take(site, ALL)] == [2, 2, 1]
 
 
+@pytest.mark.parametrize(
+    ("kind", "subtype", "reason"),
+    [
+        (MessageType.TEST, 0, UpcallReason.MESSAGE),
+        (MessageType.LIGHTHOUSE, 0, UpcallReason.MESSAGE),
+        (MessageType.MESSAGE, 1, UpcallReason.DATAGRAM),
+        (MessageType.HANDSHAKE, 0, UpcallReason.DATAGRAM),
+    ],
+)
+def test_a_batch_of_anything_but_packets_goes_up_one_by_one(
+    site: Site, kind: MessageType, subtype: int, reason: UpcallReason
+) -> None:
+    datagrams = sealed(PACKETS, kind=kind, subtype=subtype)
+    feed(site.reader(), Batch(datagrams))
+
+    ups = site.upcalls()
+    assert {each.reason for each in ups} == {reason}
+    assert [each.packet for each in ups] == (PACKETS if reason is UpcallReason.MESSAGE else datagrams)
+    assert take(site, ALL) == []
+
+
+def test_what_goes_up_keeps_its_order_whatever_it_is() -> None:
+    with closing(site_of(ALL, upcall_areas=64)) as site:  # which knows no flow
+        packets = [*PACKETS[:2], b"ask", *PACKETS[2:4]]
+        datagrams = sealed(packets)
+        datagrams[2] = message(5, b"ask", kind=MessageType.TEST)
+        feed(site.reader(), *[Batch([each]) for each in [*datagrams, b"!", message(9, PACKETS[4])]])
+
+        ups = [each.packet for each in site.upcalls() if each.reason is not UpcallReason.MOVED]
+        assert ups == [*packets, b"!", PACKETS[4]]
+
+
+def test_the_counter_ends_where_it_ends() -> None:
+    with closing(site_of(ALL, FULL)) as site:
+        top = [message(2**64 - 2 + number, each) for number, each in enumerate(PACKETS[:2])]
+        feed(site.reader(), Batch([*top, message(0, PACKETS[2]), message(1, PACKETS[3])]))
+
+        assert packets_of(take(site, ALL)) == PACKETS[:2]
+        assert sum(site.drops().values()) == 2
+        check_conservation(site, 2)
+
+
+def test_a_last_packet_without_payload_stays_a_packet(site: Site) -> None:
+    empty = replace(FLOW, payload=b"", sequence=1000 + 9 * 1248, identification=16).one(0)
+    feed(site.reader(), Batch(sealed([*PACKETS[:9], empty])))
+
+    assert [each.packets for each in take(site, ALL)] == [PACKETS[:9], [empty]]
+
+
+def test_each_psh_ends_a_superpacket(site: Site) -> None:
+    plan = replace(FULL, flags=ACK | PSH)
+    packets = [plan._packet(plan.payload[:1248], ACK | PSH, number) for number in range(5)]
+    feed(site.reader(), Batch(sealed(packets)))
+
+    assert [each.packets for each in take(site, ALL)] == [[each] for each in packets]
+
+
+def with_length(packet: bytes, at: int, change: int) -> bytes:
+    """Another length field, and a right checksum of the IPv4 header."""
+    made = bytearray(packet)
+    made[at : at + 2] = (int.from_bytes(made[at : at + 2], "big") + change).to_bytes(2, "big")
+    if made[0] == 0x45:
+        made[10:12] = bytes(2)
+        made[10:12] = checksum(bytes(made[:20])).to_bytes(2, "big")
+    return bytes(made)
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+@pytest.mark.parametrize(
+    ("plan", "at"),
+    [
+        pytest.param(FULL, 2, id="IPv4"),
+        pytest.param(replace(FULL, version=6), 4, id="IPv6"),
+        pytest.param(Plan(4, UDP, FULL.payload, 1248), 2, id="UDP over IPv4"),
+    ],
+)
+def test_packets_that_are_all_wrong_about_their_length_are_left_so(plan: Plan, at: int, change: int) -> None:
+    packets = [with_length(each, at, change) for each in plan.packets()]
+    with closing(site_of(ALL, plan)) as site:
+        feed(site.reader(), Batch(sealed(packets)))
+
+        assert [each.packets for each in take(site, ALL)] == [[each] for each in packets]
+
+
+def test_udp_packets_of_which_one_has_no_checksum_are_not_joined() -> None:
+    plan = Plan(4, UDP, bytes(3000), 1000)
+    packets = plan.packets()
+    # A payload for which the field would be 0xFFFF, so that 0 adds up as well.
+    rest = int.from_bytes(packets[1][26:28], "big")
+    packets[1] = packets[1][:26] + bytes(2) + rest.to_bytes(2, "big") + packets[1][30:]
+    with closing(site_of(ALL, plan)) as site:
+        feed(site.reader(), Batch(sealed(packets)))
+
+        assert [each.packets for each in take(site, ALL)] == [[each] for each in packets]
+
+
 def test_other_messages_between_packets_go_up_and_lose_nothing(site: Site) -> None:
     datagrams = [
         message(3, PACKETS[0]),
@@ -388,6 +485,16 @@ def test_a_batch_larger_than_an_area_is_opened_in_parts(size: int) -> None:
         assert packets_of(written) == plan.packets()
         assert any(len(each.packets) > 1 for each in written)
         check_conservation(site, plan.count)
+
+
+def test_small_packets_behind_a_large_one_take_no_more_room_than_they_have() -> None:
+    small = replace(FLOW, size=1, payload=b"x", ports=(1000, 80))
+    with closing(site_of(ALL, FLOW, small)) as site:
+        packets = [PACKETS[0], *[small.one(0)] * 100]
+        feed(site.reader(), *[Batch([each]) for each in sealed(packets)])
+
+        assert site.open_ring().pending() == 1
+        assert packets_of(take(site, ALL)) == packets
 
 
 def test_a_packet_that_fits_no_area_is_counted(site: Site) -> None:
