@@ -129,7 +129,8 @@ class ReplayWindow:
             return
         if first <= current - self._width:
             raise ReplayError(f"counter {first} is behind the window, which ends at {current}")
-        seen = first + count > current  # `current` itself
+        # A range that reaches beyond `current` contains it; what is marked behind it makes no difference.
+        seen = False
         for at, bits in self._pieces(first, count):
             size = (at + bits + 7 >> 3) - (at >> 3)
             found = int.from_bytes(self._bits[at >> 3 : (at >> 3) + size], "little")

@@ -3,11 +3,10 @@
 Data flow: workers -> [PythonKernel] -> sealing | opening | drains, over the shared regions it attaches to
 Knows which part gets which region; knows nothing of processes.
 
-What it does not do yet: it moves one packet with one system call, has no offloads in either direction,
-and so neither cuts nor joins superpackets. Parts that will: `PythonSealer._take` sees
-each packet once it was read, `PythonOpener._admit` each before it is published, and the drains already send
-entries of several datagrams. It has no relay table: relay frames go up. A datagram too large for the path is
-counted; the sender inside the tunnel is not told.
+What it does not do yet: its sealer reads one packet with one system call and cuts no superpackets, which
+`PythonSealer._take` will, and its drains send and write one packet with one system call. It has no relay
+table: relay frames go up. A datagram too large for the path is counted; the sender inside the tunnel is not
+told.
 """
 
 import fcntl

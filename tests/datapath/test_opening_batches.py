@@ -14,7 +14,7 @@ from nebula_mp.newtypes import Cipher, TunnelIndex
 from nebula_mp.shm_ring import POISON
 from nebula_mp.wire.header import MessageType
 from tests.datapath.batches import ALL, GRO, SOL_UDP, SOURCE, Batch, feed, packets_of, sealed, site_of, take
-from tests.datapath.sites import INDEX_NEAR, UNLIMITED, Site, message
+from tests.datapath.sites import INDEX_NEAR, KEY_IN, KEY_OUT, UNLIMITED, Site, message
 from tests.datapath.superpackets import TIMESTAMPS, Plan
 from tests.support.packets import ACK, ECE, PSH, TCP, UDP, checksum
 
@@ -485,6 +485,23 @@ def test_a_batch_larger_than_an_area_is_opened_in_parts(size: int) -> None:
         assert packets_of(written) == plan.packets()
         assert any(len(each.packets) > 1 for each in written)
         check_conservation(site, plan.count)
+
+
+def test_packets_of_two_tunnels_of_one_address_are_not_joined(site: Site) -> None:
+    other = TunnelIndex(0xBEEF_0004)
+    site.tunnels.open(replace(site.fields, local_index=other), KEY_OUT, KEY_IN)
+    indexes = [INDEX_NEAR, INDEX_NEAR, other, other, INDEX_NEAR]
+    datagrams = [
+        message(3 + number, packet, index=index)
+        for number, (packet, index) in enumerate(zip(PACKETS[:5], indexes, strict=True))
+    ]
+    reader = site.reader()
+    feed(reader, *[Batch([each]) for each in datagrams])
+    feed(reader, Batch([message(counter, PACKETS[counter - 20], index=other) for counter in (20, 21)]))
+
+    written = take(site, ALL)
+    assert [(len(each.packets), each.row) for each in written] == [(2, 3), (2, 4), (1, 3), (2, 4)]
+    assert packets_of(written) == [*PACKETS[:5], *PACKETS[:2]]
 
 
 def test_small_packets_behind_a_large_one_take_no_more_room_than_they_have() -> None:
