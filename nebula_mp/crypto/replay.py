@@ -129,12 +129,14 @@ class ReplayWindow:
             return
         if first <= current - self._width:
             raise ReplayError(f"counter {first} is behind the window, which ends at {current}")
-        # Bits beyond `current` may be those of counters long ago.
-        for at, bits in self._pieces(first, min(count, current - first + 1)):
+        # A range that reaches beyond `current` contains it; what is marked behind it makes no difference.
+        seen = False
+        for at, bits in self._pieces(first, count):
             size = (at + bits + 7 >> 3) - (at >> 3)
             found = int.from_bytes(self._bits[at >> 3 : (at >> 3) + size], "little")
-            if found >> (at & 7) & (1 << bits) - 1:
-                raise ReplayError(f"one of {count} counters from {first} on was received before")
+            seen = seen or bool(found >> (at & 7) & (1 << bits) - 1)
+        if seen:
+            raise ReplayError(f"one of {count} counters from {first} on was received before")
 
     def update_range(self, first: int, count: int) -> None:
         """Do as `update` for a range of at most `width`; ReplayError, and nothing changes, if any would fail.
