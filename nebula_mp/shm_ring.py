@@ -256,8 +256,7 @@ class _End:
         self.geometry = _geometry(data, state)
         self._areas, area_bytes, self._entries_max = self.geometry
         self._room = self.geometry.data_bytes
-        self._memory = data
-        self._words = data.words
+        self._memory, self._words = data, data.words
         # Of each area: the index of its first word, and its bytes for data.
         self._firsts = [(PAGE_BYTES + number * area_bytes) // 8 for number in range(self._areas)]
         ends = range(PAGE_BYTES + area_bytes, self.geometry.region_bytes + 1, area_bytes)
@@ -576,8 +575,10 @@ class Bell:
 
     def ring(self) -> None:
         """Wake the consumer, now or when it next wants to sleep."""
-        with contextlib.suppress(BlockingIOError):  # rung 2^64 - 2 times already: it will wake
+        try:  # noqa: SIM105 - `suppress` takes longer than the system call
             os.eventfd_write(self.descriptor, 1)
+        except BlockingIOError:  # rung 2^64 - 2 times already: it will wake
+            pass
 
     def empty(self) -> None:
         """Forget that it was rung. Before looking at the rings, never after."""
