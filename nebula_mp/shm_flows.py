@@ -82,6 +82,8 @@ _PROTOCOL: Final = FLOW_ROW.fields["protocol"].offset - _KEY_AT
 _DEAD, _REFUSAL, _IDLE, _IDLE_TCP, _NOT_IDLE, _NONE = range(6)
 _TRIES: Final = 3  # to read a row that is being written; a miss only costs an upcall
 
+_MISSED_MAX: Final = 1024
+
 _U32: Final = 2**32 - 1
 _U64: Final = 2**64 - 1
 
@@ -293,6 +295,8 @@ class FlowView:
         self._seen = seen.words
         self._remembered: dict[FlowKey, _Remembered] = {}
         self._remembered_max = remembered_max
+        # Where a flow that was not there will be: its next packet mostly finds it, and need not hash again.
+        self._missed: dict[FlowKey, tuple[bytes, int, int]] = {}
 
     def outbound(self, key: FlowKey, now_ms: int) -> PeerRef | None:
         """Whom a packet from the local stack goes to; REFUSED: drop it; None: only control knows."""
@@ -333,10 +337,14 @@ class FlowView:
     def _find(self, key: FlowKey) -> "_Remembered | None":
         """Look the key up in the table and remember its row."""
         memory = self._memory
-        packed = pack_key(key)
-        bucket, tag = memory.place(packed)
-        for number, each in enumerate(memory.tags(bucket)):
-            if each != tag:
+        place = self._missed.pop(key, None)
+        if place is None:
+            packed = pack_key(key)
+            place = packed, *memory.place(packed)
+        packed, bucket, tag = place
+        tags = memory.tags(bucket)
+        for number in range(BUCKET_ROWS) if tag in tags else ():
+            if tags[number] != tag:
                 continue
             at = _row_at(bucket, number)
             half = at // 4
@@ -364,6 +372,9 @@ class FlowView:
                     PeerRef(peer),
                 )
                 return found
+        if len(self._missed) >= _MISSED_MAX:
+            self._missed.clear()
+        self._missed[key] = place
         return None
 
 
