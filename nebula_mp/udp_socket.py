@@ -81,6 +81,8 @@ class UdpSocket:
         self._dual = sock.family == socket.AF_INET6
         self._sources: dict[SockAddr, UdpAddr] = {}
         self._targets: dict[UdpAddr, SockAddr] = {}
+        self._last_to: UdpAddr | None = None
+        self._last_target: SockAddr | None = None
         self._poll = select.poll()
         self._poll.register(sock, select.POLLOUT)
         self.oversize = 0  # datagrams dropped because they were longer than DATAGRAM_BYTES_MAX
@@ -224,11 +226,12 @@ class UdpSocket:
 
     def send(self, datagram: bytes, to: UdpAddr) -> SendFault | None:
         """Send one datagram; None, or why it was dropped. Waits at most 1 ms for room in the buffer."""
-        target = self._targets.get(to)
+        target = self._last_target
+        if to is not self._last_to:  # nearly always the same peer's, and to hash an address takes 1 us
+            target = self._targets.get(to) or self._learn_target(to)
+            self._last_to, self._last_target = to, target
         if target is None:
-            target = self._learn_target(to)
-            if target is None:
-                return SendFault.UNREACHABLE
+            return SendFault.UNREACHABLE
         for last in (False, True):
             try:
                 self._socket.sendto(datagram, target)

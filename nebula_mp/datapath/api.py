@@ -45,6 +45,7 @@ tunnel was known; it comes in once more, and is added on the left. What a Drain 
 died it sends again (UDP) or passes over (TUN).
 """
 
+import functools
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ from nebula_mp.shm_table import WORKERS_MAX
 DATAGRAM_BYTES_MAX: Final = 9001
 """The largest datagram a Nebula node reads."""
 
+_SOURCES_REMEMBERED: Final = 1024
 UPCALL_AREA_BYTES: Final = 16 * 1024
 UPCALL_ENTRIES: Final = 32
 """For rings of upcalls and of strangers: any datagram fits into an area behind its record."""
@@ -149,6 +151,7 @@ class Upcall(NamedTuple):
     packet: bytes
 
 
+_REASONS: Final = {int(reason): reason for reason in UpcallReason}  # 0.1 us; to call the enum takes 0.7 us
 _RECORD = struct.Struct("<QIHBBBBxxI16s")  # time, index, port, family, reserved, type, subtype, scope, IP
 RECORD_BYTES: Final = _RECORD.size
 """What a record has in front of its packet."""
@@ -177,18 +180,21 @@ def parse_record(record: bytes) -> tuple[int, TunnelIndex, UdpAddr | None, int, 
     if len(record) < RECORD_BYTES:
         raise RingError("upcall ring", "length of a record", len(record), f"{RECORD_BYTES} or more")
     at_ms, index, port, family, _, kind, subtype, scope, packed = _RECORD.unpack_from(record)
-    source = None
+    source = _source(family, packed, port, scope) if family else None
+    return at_ms, TunnelIndex(index), source, kind, subtype, record[RECORD_BYTES:]
+
+
+@functools.lru_cache(maxsize=_SOURCES_REMEMBERED)
+def _source(family: int, packed: bytes, port: int, scope: int) -> UdpAddr:
+    """Where a datagram came from: the same object again for the same peer, which makes comparing faster."""
     match family:
-        case 0:
-            pass
         case 4:
-            source = UdpAddr(IPv4Address(packed[:4]), port)
+            return UdpAddr(IPv4Address(packed[:4]), port)
         case 6:
             ip = IPv6Address(packed)
-            source = UdpAddr(IPv6Address(f"{ip}%{scope}") if scope else ip, port)
+            return UdpAddr(IPv6Address(f"{ip}%{scope}") if scope else ip, port)
         case _:
             raise RingError("upcall ring", "address family", family, "0, 4 or 6")
-    return at_ms, TunnelIndex(index), source, kind, subtype, record[RECORD_BYTES:]
 
 
 def take_upcalls(ring: Consumer, budget: int) -> Iterator[Upcall]:
@@ -199,10 +205,9 @@ def take_upcalls(ring: Consumer, budget: int) -> Iterator[Upcall]:
     """
     for _ in range(min(ring.pending(), budget)):
         for entry, data in ring.entries():
-            try:
-                reason = UpcallReason(entry.segment)
-            except ValueError:
-                raise RingError("upcall ring", "reason", entry.segment, "one of UpcallReason") from None
+            reason = _REASONS.get(entry.segment)
+            if reason is None:
+                raise RingError("upcall ring", "reason", entry.segment, "one of UpcallReason")
             yield Upcall(reason, *parse_record(bytes(data)))
         ring.release()
 

@@ -56,7 +56,7 @@ _UDP_TX = SLOTS["mp.udp.tx.packets"], SLOTS["mp.udp.tx.bytes"]
 _TUN_TX = SLOTS["mp.tun.tx.packets"], SLOTS["mp.tun.tx.bytes"]
 _AGAIN = SLOTS["mp.tun.again"]
 _ICMP = SLOTS["mp.rx.icmp"]
-_TYPES = frozenset(MessageType)
+_TYPES = {int(each): each for each in MessageType}
 
 
 def main(parts: ControlParts) -> int:
@@ -158,9 +158,10 @@ class Control:
     def _on_bell(self) -> None:
         """Take what readers could not decide: first all packets go where they belong, then their flows."""
         self._bell.empty()
+        now = clock.now()
         for worker in list(self._upcalls):
             for upcall in self._take(worker):
-                self._perform(self._decide(upcall, clock.now()))
+                self._perform(self._decide(upcall, now))
         self._settle()
 
     def _take(self, worker: int) -> Iterator[Upcall]:
@@ -194,7 +195,7 @@ class Control:
             case UpcallReason.MOVED:
                 return self._controller.handle_moved(upcall.local_index, upcall.source, now)
             case _:
-                message = Opened(MessageType(upcall.type), upcall.subtype, upcall.packet, upcall.source)
+                message = Opened(_TYPES[upcall.type], upcall.subtype, upcall.packet, upcall.source)
                 return self._controller.handle_opened(upcall.local_index, message, now)
 
     def _settle(self) -> None:
@@ -430,8 +431,7 @@ class Control:
 
 def _check(upcall: Upcall) -> None:
     """Raise RingError for what no reader writes: control does not end because one of them went mad."""
-    plain = upcall.reason in (UpcallReason.NEW_FLOW_OUT, UpcallReason.NO_TUNNEL)
-    if upcall.source is None and not plain:
+    if upcall.source is None and upcall.reason not in (UpcallReason.NEW_FLOW_OUT, UpcallReason.NO_TUNNEL):
         raise RingError("upcall ring", "source", None, f"an address with {upcall.reason.name}")
     if upcall.type not in _TYPES:
         raise RingError("upcall ring", "type", upcall.type, "one of MessageType")

@@ -40,7 +40,7 @@ from nebula_mp.handshake.machine import Completed, SessionKeys
 from nebula_mp.newtypes import Counter, Curve, Fingerprint, IPAddress, Seconds, TunnelIndex, UdpAddr
 from nebula_mp.shm import LockFile, Mapping
 from nebula_mp.shm_counters import Refusal, SendCounters, Traffic, TrafficTotals
-from nebula_mp.shm_flows import REFUSED, Displaced, FlowTable
+from nebula_mp.shm_flows import REFUSED, FlowTable
 from nebula_mp.shm_peers import PeerTable, PeerView
 from nebula_mp.shm_ring import STATE, TAIL
 from nebula_mp.shm_table import (
@@ -74,6 +74,7 @@ _COUNTER_TRIES: Final = 100  # with a nap after each
 _NOTHING_PASSED: Final = Passed(0, Seconds(float("-inf")), 0)
 
 Addresses = tuple[IPAddress, ...]
+_NEVER: Final = Seconds(float("-inf"))
 
 
 @dataclass(slots=True, eq=False)
@@ -94,7 +95,7 @@ class _Open:
     generation: int
     remote: UdpAddr
     is_noted: bool  # in the journal, or too long for it
-    busy_at: Seconds = Seconds(float("-inf"))  # when a wait for its counter was last in vain
+    busy_at: Seconds = _NEVER  # when a wait for its counter was last in vain
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +150,11 @@ class ShmPlane:
             lambda worker: states[worker].words[TAIL],
         )
         self._tunnels = TunnelTable(Mapping(tables.tunnels, TUNNELS, writable=True), keys, self._counters)
-        self._flows = FlowTable(
-            Mapping(tables.flows, FLOWS, writable=True), Mapping(tables.seen, SEEN, writable=True)
-        )
+        flows, seen = Mapping(tables.flows, FLOWS, writable=True), Mapping(tables.seen, SEEN, writable=True)
+        # Hashed, each of the first ten thousand flows would be the first in its page: 10 us of 25 for a flow.
+        for mapping in (flows, seen):
+            mapping.populate()
+        self._flows = FlowTable(flows, seen)
         self._journal = Journal(Mapping(tables.journal, JOURNAL, writable=True))
         self._routes = PeerView(self._peers_memory)
         self._sent = Traffic(traffic[last])
@@ -163,7 +166,8 @@ class ShmPlane:
         self._peers: dict[Addresses, _Peer] = {}
         self._peers_by_first: dict[IPAddress, list[_Peer]] = {}
         self._order = 0
-        self._unsettled: list[Callable[[int], Displaced | None]] = []
+        # Flow, peer, and for how long it is allowed; or which direction is refused.
+        self._unsettled: list[tuple[FlowKey, PeerRef, int | Direction]] = []
 
     # ---- shares ----
 
@@ -242,25 +246,39 @@ class ShmPlane:
         known = self._open.get(tunnel.local_index)
         if known is None:
             return None
-        row, regardless = _row(tunnel.local_index), False
+        row = _row(tunnel.local_index)
         start = self._clock()
+        taken = self._counters.reserve(row, known.generation, 1)
+        if isinstance(taken, Refusal):
+            counter = self._reserve_patiently(known, row, taken, start)
+            if counter is None:
+                return None
+        else:
+            counter = taken
+            known.busy_at = _NEVER
+        self._sent.sent(row, known.generation, 1, size_bytes, _ms(start))
+        return counter
+
+    def _reserve_patiently(self, known: _Open, row: int, refusal: Refusal, start: Seconds) -> Counter | None:
+        """Take a counter after it was refused once, at `start`."""
+        regardless = False
         patience = COUNTER_WAIT if start - known.busy_at >= _STOPPED else Seconds(0)
         for _ in range(_COUNTER_TRIES):
-            counter = self._counters.reserve(row, known.generation, 1, regardless=regardless)
-            match counter:
+            match refusal:
                 case Refusal.BUSY if self._clock() - start < patience:
                     select.select([], [], [], _NAP)
                 case Refusal.SPAN:
                     # One message of ours in a while; whoever lags behind may lose it to the peer's window.
                     self.stats["mp.counter.span"] += 1
                     regardless = True
-                case Refusal():
-                    break
                 case _:
-                    known.busy_at = Seconds(float("-inf"))
-                    self._sent.sent(row, known.generation, 1, size_bytes, _ms(self._clock()))
-                    return counter
-        if counter is Refusal.BUSY:
+                    break
+            counter = self._counters.reserve(row, known.generation, 1, regardless=regardless)
+            if not isinstance(counter, Refusal):
+                known.busy_at = _NEVER
+                return counter
+            refusal = counter
+        if refusal is Refusal.BUSY:
             if patience:
                 known.busy_at = start
             self.stats["mp.counter.busy"] += 1
@@ -289,8 +307,7 @@ class ShmPlane:
         """As `DataPlane.allow`, but for `settle`: until then the flow's packets go to control."""
         known = self._open.get(tunnel.local_index)
         if known is not None:
-            ref, timeout_ms = known.peer.ref, math.ceil(timeout * 1000)
-            self._unsettled.append(lambda now_ms: self._flows.allow(flow, ref, timeout_ms, now_ms))
+            self._unsettled.append((flow, known.peer.ref, math.ceil(timeout * 1000)))
 
     def refuse(
         self,
@@ -300,12 +317,10 @@ class ShmPlane:
         now: Seconds,  # noqa: ARG002
     ) -> None:
         """As `DataPlane.refuse`, but for `settle`. Inbound it needs a tunnel."""
-        inbound = direction is Direction.INBOUND
         known = None if tunnel is None else self._open.get(tunnel.local_index)
-        if known is None and inbound:
+        if known is None and direction is Direction.INBOUND:
             return
-        ref = REFUSED if known is None else known.peer.ref
-        self._unsettled.append(lambda now_ms: self._flows.refuse(flow, ref, now_ms, inbound=inbound))
+        self._unsettled.append((flow, REFUSED if known is None else known.peer.ref, direction))
 
     def settle(self, now: Seconds) -> list[tuple[FlowKey, Seconds]]:
         """Publish the verdicts since the last call, once the packets that asked for them have been sent.
@@ -315,8 +330,16 @@ class ShmPlane:
         """
         unsettled, self._unsettled = self._unsettled, []
         now_ms = _ms(now)
-        displaced = [publish(now_ms) for publish in unsettled]
-        return [(each.key, Seconds(each.seen_ms / 1000)) for each in displaced if each is not None]
+        displaced = []
+        for flow, ref, verdict in unsettled:
+            if isinstance(verdict, Direction):
+                inbound = verdict is Direction.INBOUND
+                gone = self._flows.refuse(flow, ref, now_ms, inbound=inbound)
+            else:
+                gone = self._flows.allow(flow, ref, verdict, now_ms)
+            if gone is not None:
+                displaced.append((gone.key, Seconds(gone.seen_ms / 1000)))
+        return displaced
 
     def last_seen(self, flow: FlowKey) -> Seconds | None:
         """As `DataPlane.last_seen`."""
