@@ -1,7 +1,10 @@
 """The tools of the end-to-end tests, each shown to find what it is there to find."""
 
 import os
+import struct
 from ipaddress import IPv4Address
+
+import pytest
 
 from nebula_mp.newtypes import Counter, TunnelIndex
 from nebula_mp.wire.header import Header, MessageType
@@ -9,6 +12,7 @@ from tests.support import packets
 from tests.support.datagrams import Sequence
 from tests.support.memory import scan
 from tests.support.nodes import Process
+from tests.support.packet_tap import Frame, tells_udp_superpackets
 from tests.support.processes import forked
 from tests.support.wiretap import Report, Watch
 
@@ -54,6 +58,41 @@ def test_a_counter_used_for_two_contents_is_a_clash_and_the_same_bytes_again_are
     assert report.clashes == {str(LEFT): [[7, 4]]}
     assert report.resent == {str(LEFT): 1}
     assert report.sealed == {str(LEFT): 3}
+
+
+def superpacket(datagrams: list[bytes], size: int) -> bytes:
+    """As a packet socket shows datagrams that were sent with one call."""
+    packet = packets.ipv4(LEFT, RIGHT, packets.UDP, packets.udp(LEFT, RIGHT, 4242, 4242, b"".join(datagrams)))
+    return struct.pack("=BBHHHH", 1, 5, 28, size, 20, 6) + packet
+
+
+def test_datagrams_that_were_sent_with_one_call_are_seen_one_by_one() -> None:
+    sent = [
+        Header(MessageType.MESSAGE, 0, TunnelIndex(7), Counter(n)).encode() + bytes(100) for n in range(5)
+    ]
+    sent[-1] = sent[-1][:40]
+
+    cut = list(Frame.parse(superpacket(sent, 116)).datagrams())
+
+    assert [packet[28:] for packet in cut] == sent
+    assert watched(*cut).sealed == {str(LEFT): 5}
+
+
+def test_a_packet_that_is_no_superpacket_of_udp_is_left_whole() -> None:
+    whole = sealed(3, bytes(3000))
+    tcp = packets.ipv4(LEFT, RIGHT, packets.TCP, packets.tcp(LEFT, RIGHT, 1, 2, bytes(3000)))
+
+    assert list(Frame.parse(bytes(10) + whole).datagrams()) == [whole]
+    found = Frame.parse(struct.pack("=BBHHHH", 1, 0x81, 40, 1200, 20, 16) + tcp)
+    assert list(found.datagrams()) == [tcp]
+    assert (found.gso_type, found.gso_size, found.is_unfinished) == (1, 1200, True)
+
+
+@pytest.mark.parametrize(
+    ("release", "tells"), [("4.19.0-27-amd64", False), ("6.1.0", False), ("6.2.0-rc1", True), ("10.0", True)]
+)
+def test_kernels_are_told_apart_that_can_show_a_superpacket_of_udp(release: str, tells: bool) -> None:
+    assert tells_udp_superpackets(release) is tells
 
 
 def test_counters_are_compared_within_one_tunnel_only_and_not_in_handshakes() -> None:

@@ -20,16 +20,10 @@ from typing import Any, BinaryIO, Self
 
 from nebula_mp.wire.header import HEADER_BYTES, MessageType
 from tests.support.netns import Site, Wire
+from tests.support.packet_tap import PacketTap, udp_payload_at
 from tests.support.peers import CLONE
 
-_ETH_P_ALL = 0x0003
-_PACKET_HOST = 0
-_SOL_PACKET = 263
-_PACKET_STATISTICS = 6
-_PACKET_IGNORE_OUTGOING = 23
-_SO_RCVBUFFORCE = 33
 _BUFFER_BYTES = 128 << 20
-_PROTOCOL_UDP = 17
 _HEADER = struct.Struct("!BBHIQ")
 _CLEAR = (MessageType.HANDSHAKE, MessageType.RECV_ERROR)  # their counters say nothing about a key
 _END_WITHIN_S = 30.0
@@ -62,12 +56,10 @@ class Watch:
 
     def handle(self, packet: bytes) -> None:
         """Take note of one IP packet; what is no UDP datagram with a Nebula header is passed over."""
-        if packet[0] >> 4 == 4:
-            protocol, source, start = packet[9], packet[12:16], (packet[0] & 15) * 4 + 8
-        else:
-            protocol, source, start = packet[6], packet[8:24], 48
-        if protocol != _PROTOCOL_UDP or len(packet) < start + HEADER_BYTES:
+        start = udp_payload_at(packet)
+        if not start or len(packet) < start + HEADER_BYTES:
             return
+        source = packet[12:16] if packet[0] >> 4 == 4 else packet[8:24]
         first, _, _, index, counter = _HEADER.unpack_from(packet, start)
         kind = first & 15
         self._datagrams.setdefault(source, Counter())[kind] += 1
@@ -156,28 +148,16 @@ class Wiretap:
 def _watch_until_closed(stdin: BinaryIO) -> dict[str, Any]:
     """Watch all devices of this namespace until the other end closes our stdin."""
     watch = Watch()
-    with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_ETH_P_ALL)) as tap:
-        tap.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
-        tap.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
-        tap.setblocking(False)
+    with PacketTap(buffer_bytes=_BUFFER_BYTES) as tap:
         print("ready", flush=True)
         ending = False
         while not ending:
             ready, _, _ = select.select([tap.fileno(), stdin.fileno()], [], [])
             ending = stdin.fileno() in ready
-            _drain(tap, watch)
-        missed = struct.unpack("=II", tap.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8))[1]
-    return watch.fields(missed)
-
-
-def _drain(tap: socket.socket, watch: Watch) -> None:
-    while True:
-        try:
-            packet, address = tap.recvfrom(65535)
-        except BlockingIOError:
-            return
-        if address[2] == _PACKET_HOST:
-            watch.handle(packet)
+            for frame in tap.frames():
+                for packet in frame.datagrams():
+                    watch.handle(packet)
+        return watch.fields(tap.missed())
 
 
 if __name__ == "__main__":

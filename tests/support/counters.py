@@ -1,0 +1,76 @@
+"""What the kernel of a site counted: packets it verified, and those it found wrong.
+
+Data flow: /proc/net of a namespace -> [support.counters] -> tests/e2e
+The kernel verifies the checksum of every packet that comes in without a promise of its sender's (on a virtual
+wire or by a TUN device with offloads the sender may promise to be trusted). Knows nothing of Nebula.
+Source: Linux Documentation/networking/snmp_counter.rst, RFC 4293, RFC 4022, RFC 4113.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tests.support.netns import Site
+
+_FILES = ("snmp", "netstat", "snmp6")
+_WRONG = (
+    *("IpInHdrErrors", "IpExtInCsumErrors", "IpInTruncatedPkts", "IpExtInTruncatedPkts"),
+    *("IcmpInErrors", "IcmpInCsumErrors", "TcpInErrs", "TcpInCsumErrors", "UdpInErrors", "UdpInCsumErrors"),
+    *("Ip6InHdrErrors", "Ip6InTruncatedPkts", "Icmp6InErrors", "Icmp6InCsumErrors"),
+    *("Udp6InErrors", "Udp6InCsumErrors"),
+)
+_NO_ROOM = {"UdpInErrors": "UdpRcvbufErrors", "Udp6InErrors": "Udp6RcvbufErrors"}
+"""A datagram for which the socket had no room counts as an error as well, but says nothing about its content."""
+
+
+@dataclass(frozen=True)
+class KernelCounters:
+    """All of a site's, by the names that `nstat` uses, at one moment."""
+
+    values: Mapping[str, int]
+
+    @classmethod
+    def of(cls, site: Site) -> "KernelCounters":
+        """Read them."""
+        snmp, netstat, snmp6 = (site.space.run("cat", f"/proc/net/{name}") for name in _FILES)
+        return cls(_tables(snmp) | _tables(netstat) | _lines(snmp6))
+
+    def since(self, before: "KernelCounters") -> "KernelCounters":
+        """By how much each has grown."""
+        grown = {name: value - before.values.get(name, 0) for name, value in self.values.items()}
+        return KernelCounters(grown)
+
+    @property
+    def tcp_segments(self) -> int:
+        """Of either IP version; each was verified, and the wrong ones are among them."""
+        return self.values["TcpInSegs"]
+
+    @property
+    def no_room(self) -> int:
+        """UDP datagrams dropped since a socket's buffer was full."""
+        return self.values["UdpRcvbufErrors"] + self.values["Udp6RcvbufErrors"]
+
+    def wrong(self) -> dict[str, int]:
+        """What was received with a wrong checksum, length or header, by the name of the counter; empty if none."""
+        found = {name: self.values[name] for name in _WRONG if self.values.get(name)}
+        for name, harmless in _NO_ROOM.items():
+            if name in found and not (rest := found[name] - self.values[harmless]):
+                del found[name]
+            elif name in found:
+                found[name] = rest
+        return found
+
+
+def _tables(text: str) -> dict[str, int]:
+    """Pairs of lines, `Tcp: NAME...` above `Tcp: VALUE...`."""
+    found = {}
+    lines = text.splitlines()
+    for names, values in zip(lines[::2], lines[1::2], strict=True):
+        group, *rest = names.split()
+        found |= {
+            group.rstrip(":") + name: int(value) for name, value in zip(rest, values.split()[1:], strict=True)
+        }
+    return found
+
+
+def _lines(text: str) -> dict[str, int]:
+    return {name: int(value) for name, value in (line.split() for line in text.splitlines())}
