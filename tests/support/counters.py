@@ -18,8 +18,12 @@ _WRONG = (
     *("Ip6InHdrErrors", "Ip6InTruncatedPkts", "Icmp6InErrors", "Icmp6InCsumErrors"),
     *("Udp6InErrors", "Udp6InCsumErrors"),
 )
-_NO_ROOM = {"UdpInErrors": "UdpRcvbufErrors", "Udp6InErrors": "Udp6RcvbufErrors"}
-"""A datagram for which the socket had no room counts as an error as well, but says nothing about its content."""
+_HARMLESS = {
+    "UdpInErrors": "UdpRcvbufErrors",
+    "Udp6InErrors": "Udp6RcvbufErrors",
+    "TcpInErrs": "TcpExtTCPSYNChallenge",
+}
+"""What counts as an error too, but says nothing about a content: no room in a socket, a SYN that came late."""
 
 
 @dataclass(frozen=True)
@@ -51,18 +55,15 @@ class KernelCounters:
 
     def wrong(self) -> dict[str, int]:
         """What was received with a wrong checksum, length or header, by the name of the counter; empty if none."""
-        found = {name: self.values[name] for name in _WRONG if self.values.get(name)}
-        for name, harmless in _NO_ROOM.items():
-            if name in found and not (rest := found[name] - self.values[harmless]):
-                del found[name]
-            elif name in found:
-                found[name] = rest
-        return found
+        found = {
+            name: self.values.get(name, 0) - self.values.get(_HARMLESS.get(name, ""), 0) for name in _WRONG
+        }
+        return {name: amount for name, amount in found.items() if amount > 0}
 
 
 def _tables(text: str) -> dict[str, int]:
     """Pairs of lines, `Tcp: NAME...` above `Tcp: VALUE...`."""
-    found = {}
+    found: dict[str, int] = {}
     lines = text.splitlines()
     for names, values in zip(lines[::2], lines[1::2], strict=True):
         group, *rest = names.split()

@@ -1,7 +1,10 @@
 """The tools of the end-to-end tests, each shown to find what it is there to find."""
 
 import os
+import random
+import socket
 import struct
+from collections import Counter as Counts
 from ipaddress import IPv4Address
 
 import pytest
@@ -9,11 +12,14 @@ import pytest
 from nebula_mp.newtypes import Counter, TunnelIndex
 from nebula_mp.wire.header import Header, MessageType
 from tests.support import packets
+from tests.support.counters import KernelCounters
 from tests.support.datagrams import Sequence
+from tests.support.lossy import Faults, Way
 from tests.support.memory import scan
 from tests.support.nodes import Process
 from tests.support.packet_tap import Frame, tells_udp_superpackets
 from tests.support.processes import forked
+from tests.support.udp_batches import receive, receive_batches, send_in_batches
 from tests.support.wiretap import Report, Watch
 
 LEFT, RIGHT = IPv4Address("10.99.1.2"), IPv4Address("10.99.2.2")
@@ -144,3 +150,82 @@ def test_a_process_is_named_as_in_the_log() -> None:
 
     assert Process.parse(row).name == "reader/1"
     assert Process.parse({**row, "role": "control", "worker": None}).name == "control"
+
+
+def numbered(count: int) -> list[memoryview]:
+    return [memoryview(bytes([number])) for number in range(count)]
+
+
+def passed_on(way: Way, datagrams: list[memoryview]) -> list[int]:
+    """The numbers that go on, those included that are held back to the end."""
+    onward = [each[0] for datagram in datagrams for each in way.handle([datagram], now=0.0)]
+    return onward + [each[0] for each in way.handle([], now=1.0)]
+
+
+def test_on_a_wire_without_faults_everything_passes_in_order() -> None:
+    assert passed_on(Way(random.Random(1)), numbered(200)) == list(range(200))
+
+
+@pytest.mark.parametrize(
+    "faults", [Faults(lost=0.1), Faults(twice=0.1), Faults(late=0.1), Faults(0.1, 0.1, 0.1)]
+)
+def test_what_goes_on_is_what_came_without_the_lost_and_with_the_repeated(faults: Faults) -> None:
+    way = Way(random.Random(1), faults)
+
+    onward = passed_on(way, numbered(250))
+
+    passed, counts = way.passed, Counts(onward)
+    assert (passed.came, len(onward)) == (250, passed.went_on)
+    assert 250 - len(counts) == passed.lost
+    assert sum(amount - 1 for amount in counts.values()) == passed.twice
+    assert (onward == sorted(onward)) is (faults == Faults(lost=0.1))
+    assert all(
+        (fate > 0) is (chance > 0)
+        for fate, chance in (
+            (passed.lost, faults.lost),
+            (passed.twice, faults.twice),
+            (passed.late, faults.late),
+        )
+    )
+    assert way.next_s is None
+
+
+def test_nothing_is_held_back_for_long_though_nothing_follows() -> None:
+    way = Way(random.Random(1), Faults(late=1.0))
+
+    assert [bytes(each) for each in way.handle(numbered(1), now=5.0)] == []
+    assert way.next_s is not None
+    assert [bytes(each) for each in way.handle([], now=way.next_s)] == [b"\0"]
+
+
+@pytest.mark.parametrize(
+    "sizes", [[5], [0, 0], [5, 5, 5, 3, 5], [3, 5, 5], [5] * 200, [1200] * 60, [5, 0, 5, 4, 4]]
+)
+def test_datagrams_sent_together_arrive_as_they_were(sizes: list[int]) -> None:
+    datagrams = [memoryview(os.urandom(size)) for size in sizes]
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as source,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as target,
+    ):
+        target.bind(("127.0.0.1", 0))
+        target.settimeout(10)
+        source.connect(target.getsockname())
+        receive_batches(target)
+        memory = memoryview(bytearray(1 << 16))
+        arrived: list[bytes] = []
+
+        send_in_batches(source, datagrams)
+        while len(arrived) < len(sizes):
+            arrived += [bytes(each) for each in receive(target, memory)]
+
+    assert arrived == datagrams
+
+
+def test_the_counters_of_a_site_name_what_is_wrong_and_not_what_had_no_room() -> None:
+    before = KernelCounters({"UdpInErrors": 1, "UdpRcvbufErrors": 1, "TcpInSegs": 10, "TcpInCsumErrors": 0})
+    full = KernelCounters({"UdpInErrors": 4, "UdpRcvbufErrors": 4, "TcpInSegs": 30, "TcpInCsumErrors": 0})
+    wrong = KernelCounters({"UdpInErrors": 6, "UdpRcvbufErrors": 4, "TcpInSegs": 31, "TcpInCsumErrors": 1})
+
+    assert full.since(before).wrong() == {}
+    assert wrong.since(before).wrong() == {"UdpInErrors": 2, "TcpInCsumErrors": 1}
+    assert wrong.since(before).tcp_segments == 21
