@@ -8,8 +8,9 @@ Source: Linux Documentation/networking/snmp_counter.rst, RFC 4293, RFC 4022, RFC
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from tests.support.netns import Site
+from tests.support.netns import Site, entered
 
 _FILES = ("snmp", "netstat", "snmp6")
 _WRONG = (
@@ -35,7 +36,8 @@ class KernelCounters:
     @classmethod
     def of(cls, site: Site) -> "KernelCounters":
         """Read them."""
-        snmp, netstat, snmp6 = (site.space.run("cat", f"/proc/net/{name}") for name in _FILES)
+        with entered(site.space):
+            snmp, netstat, snmp6 = (Path("/proc/thread-self/net", name).read_text() for name in _FILES)
         return cls(_tables(snmp) | _tables(netstat) | _lines(snmp6))
 
     def since(self, before: "KernelCounters") -> "KernelCounters":

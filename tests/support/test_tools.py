@@ -5,19 +5,20 @@ import random
 import socket
 import struct
 from collections import Counter as Counts
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address
 
 import pytest
 
-from nebula_mp.newtypes import Counter, TunnelIndex
+from nebula_mp.newtypes import Counter, IPAddress, TunnelIndex
 from nebula_mp.wire.header import Header, MessageType
 from tests.support import packets
 from tests.support.counters import KernelCounters
 from tests.support.datagrams import Sequence
+from tests.support.inspector import Inspected, Verdicts
 from tests.support.lossy import Faults, Way
 from tests.support.memory import scan
 from tests.support.nodes import Process
-from tests.support.packet_tap import Frame, tells_udp_superpackets
+from tests.support.packet_tap import Frame, tells_udp_superpackets, udp_payload_at
 from tests.support.processes import forked
 from tests.support.udp_batches import receive, receive_batches, send_in_batches
 from tests.support.wiretap import Report, Watch
@@ -219,6 +220,92 @@ def test_datagrams_sent_together_arrive_as_they_were(sizes: list[int]) -> None:
             arrived += [bytes(each) for each in receive(target, memory)]
 
     assert arrived == datagrams
+
+
+def inspected(*frames: Frame) -> Inspected:
+    verdicts = Verdicts()
+    for frame in frames:
+        verdicts.handle(frame)
+    return verdicts.found
+
+
+def unfinished(left: IPAddress, right: IPAddress, protocol: int, content: bytes, size: int) -> Frame:
+    """A superpacket as it should be: its checksum field holds the sum of the pseudo header."""
+    at, kind = (16, {4: 1, 6: 4}[left.version]) if protocol == packets.TCP else (6, 5)
+    start = 20 if left.version == 4 else 40
+    pseudo = left.packed + right.packed + struct.pack("!II", protocol, len(content))
+    seed = packets.checksum(pseudo) ^ 0xFFFF
+    content = content[:at] + struct.pack("!H", seed) + content[at + 2 :]
+    return Frame(packets.ip(left, right, protocol, content), True, kind, size, start, at)
+
+
+ENDS: list[tuple[IPAddress, IPAddress]] = [(LEFT, RIGHT), (IPv6Address("fd42::1"), IPv6Address("fd42::2"))]
+
+
+@pytest.mark.parametrize("ends", ENDS)
+def test_the_inspector_finds_nothing_wrong_with_correct_packets(ends: tuple[IPAddress, IPAddress]) -> None:
+    raw = packets.raw_packets(*ends, seed=3, count=300)
+    whole = [each for each in raw if not _is_udp_without_checksum(each)]
+    tcp = unfinished(*ends, packets.TCP, packets.tcp(*ends, 1, 2, bytes(3000)), 1200)
+    udp = unfinished(*ends, packets.UDP, packets.udp(*ends, 1, 2, bytes(3600)), 1200)
+
+    found = inspected(*(Frame(each, False, 0, 0, 0, 0) for each in whole), tcp, udp)
+
+    family = ends[0].version
+    assert (found.wrong_count, found.wrong) == (0, [])
+    assert found.verified == len(whole) + 3 + 3
+    assert found.superpackets == {f"tcp{family}": 1, f"udp{family}": 1}
+    assert min(found.packets[f"{name}{family}"] for name in ("tcp", "udp", "icmp")) > 3
+
+
+def _is_udp_without_checksum(packet: bytes) -> bool:
+    """IPv4 allows it; the stacks that the inspector listens to always send one."""
+    start = udp_payload_at(packet)
+    return start > 0 and packet[start - 2 : start] == bytes(2)
+
+
+@pytest.mark.parametrize("ends", ENDS)
+@pytest.mark.parametrize("protocol", [packets.TCP, packets.UDP, packets.ICMP])
+def test_the_inspector_finds_any_changed_bit_of_a_packet(
+    ends: tuple[IPAddress, IPAddress], protocol: int
+) -> None:
+    content = {
+        packets.TCP: packets.tcp(*ends, 1, 2, b"content"),
+        packets.UDP: packets.udp(*ends, 1, 2, b"content"),
+        packets.ICMP: packets.echo(*ends, 1, 2, b"content")[20 if ends[0].version == 4 else 40 :],
+    }[protocol]
+    number = packets.ICMPV6 if protocol == packets.ICMP and ends[0].version == 6 else protocol
+    whole = packets.ip(*ends, number, content)
+    start = len(whole) - len(content)
+
+    changed = [
+        Frame(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :], False, 0, 0, 0, 0)
+        for at in range(start, len(whole))
+        for bit in range(8)
+    ]
+
+    assert inspected(Frame(whole, False, 0, 0, 0, 0)).wrong == []
+    assert inspected(*changed).wrong_count == len(changed)
+
+
+@pytest.mark.parametrize("ends", ENDS)
+def test_the_inspector_finds_a_superpacket_that_does_not_say_what_it_is(
+    ends: tuple[IPAddress, IPAddress],
+) -> None:
+    right = unfinished(*ends, packets.TCP, packets.tcp(*ends, 1, 2, bytes(3000)), 1200)
+    start = right.checksum_start
+    wrong = [
+        right._replace(is_unfinished=False),
+        right._replace(gso_type=5),
+        right._replace(checksum_start=start + 4),
+        right._replace(checksum_offset=6),
+        right._replace(packet=right.packet[: start + 16] + b"\1\2" + right.packet[start + 18 :]),
+        right._replace(packet=right.packet[:-1]),
+        right._replace(gso_type=0, gso_size=0),
+    ]
+
+    assert inspected(right).wrong == []
+    assert [inspected(each).wrong_count for each in wrong] == [1] * len(wrong)
 
 
 def test_the_counters_of_a_site_name_what_is_wrong_and_not_what_had_no_room() -> None:

@@ -28,7 +28,7 @@ class Transfer:
     """One connection from `source` to `destination` that carries random bytes until `finish`.
 
     `pace_bytes_s` bounds how fast. With `size_bytes` it carries that much, and `finish` waits for the last of it.
-    What goes wrong in the threads is kept and raised by `finish`.
+    `segment_bytes` bounds what the stack may put into one packet (TCP_MAXSEG); 0: whatever fits. What goes wrong in the threads is kept and raised by `finish`.
     """
 
     def __init__(
@@ -38,13 +38,14 @@ class Transfer:
         *,
         pace_bytes_s: float = math.inf,
         size_bytes: float = math.inf,
+        segment_bytes: int = 0,
         seed: int = 1,
     ) -> None:
         self.label = f"TCP {source.address} -> {destination.address}"
         self.sent = self.received = 0
         self._pace, self._size = pace_bytes_s, size_bytes
         self._dice = random.Random(seed)
-        self._sender, self._receiver = _connect(source, destination, self.label)
+        self._sender, self._receiver = _connect(source, destination, self.label, segment_bytes)
         self._ending = threading.Event()
         self._hashes = hashlib.sha256(), hashlib.sha256()
         self._failures: list[BaseException] = []
@@ -54,6 +55,11 @@ class Transfer:
         ]
         for thread in self._threads:
             thread.start()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether `finish` would raise already."""
+        return bool(self._failures)
 
     def finish(self, *, within_s: float = 30.0) -> None:
         """Send no more, and wait for the rest; AssertionError unless all arrived, unaltered and in order."""
@@ -108,9 +114,13 @@ class Transfer:
             self.received += len(data)
 
 
-def _connect(source: Endpoint, destination: Endpoint, label: str) -> tuple[socket.socket, socket.socket]:
+def _connect(
+    source: Endpoint, destination: Endpoint, label: str, segment_bytes: int
+) -> tuple[socket.socket, socket.socket]:
     sender = source.socket(socket.SOCK_STREAM)
     with destination.socket(socket.SOCK_STREAM) as listener:
+        for end in (sender, listener) if segment_bytes else ():
+            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, segment_bytes)
         listener.bind((str(destination.address), 0))
         listener.listen(1)
         with contextlib.suppress(BlockingIOError):
