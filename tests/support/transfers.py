@@ -56,11 +56,6 @@ class Transfer:
         for thread in self._threads:
             thread.start()
 
-    @property
-    def has_failed(self) -> bool:
-        """Whether `finish` would raise already."""
-        return bool(self._failures)
-
     def finish(self, *, within_s: float = 30.0) -> None:
         """Send no more, and wait for the rest; AssertionError unless all arrived, unaltered and in order."""
         if self._size == math.inf:
