@@ -22,12 +22,12 @@ from typing import NamedTuple, Self, TypeVar
 
 from nebula_mp.demo import netns
 from nebula_mp.newtypes import IPAddress, UdpAddr
+from tests.support.packet_tap import PacketTap, tells_udp_superpackets, udp_payload_at
 
 PREFIX = "nmpe"
 _CLONE_NEWNET = 0x40000000
-_ETH_P_ALL = 0x0003
-_PACKET_HOST = 0
-_SO_RCVBUFFORCE = 33
+_BUFFER_BYTES = 16 << 20
+_KEPT_BYTES = 2048
 _PROTOCOL_UDP = 17
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -157,6 +157,9 @@ class Wire:
             site.space.run("sh", "-c", "echo 1 > /proc/sys/net/ipv4/conf/all/promote_secondaries")
             for family in (4, 6):
                 site.ip(f"-{family}", "route", "add", "default", "via", str(site.gateway(family)))
+            if not tells_udp_superpackets():
+                # Datagrams sent together are parted before the wire: nobody there could tell where each ends.
+                site.ip("link", "set", "dev", site.device, "gso_max_segs", "1")
         self.forward(on=True)
 
     def __enter__(self) -> Self:
@@ -193,9 +196,7 @@ class Recorder:
         self.datagrams: list[Datagram] = []
         # One socket for all devices: two could be read in an order in which nothing was sent.
         with entered(router):
-            self._tap = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_ETH_P_ALL))
-        self._tap.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 16 << 20)
-        self._tap.setblocking(False)
+            self._tap = PacketTap(buffer_bytes=_BUFFER_BYTES)
         self._wake, self._stop = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self._thread.start()
@@ -223,33 +224,29 @@ class Recorder:
 
     def _run(self) -> None:
         while True:
-            ready, _, _ = select.select([self._tap, self._wake], [], [])
+            ready, _, _ = select.select([self._tap.fileno(), self._wake.fileno()], [], [])
             self._drain()
-            if self._wake in ready:
+            if self._wake.fileno() in ready:
                 return
 
     def _drain(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                packet, address = self._tap.recvfrom(2048)
-                at = time.monotonic()
-                if address[2] == _PACKET_HOST and (found := _parse_udp(packet)) is not None:
+        for frame in self._tap.frames():
+            at = time.monotonic()
+            for packet in frame.datagrams():
+                if (found := _parse_udp(packet[:_KEPT_BYTES])) is not None:
                     self.datagrams.append(Datagram(at, *found))
 
 
 def _parse_udp(packet: bytes) -> tuple[UdpAddr, UdpAddr, bytes] | None:
-    source: IPAddress
-    destination: IPAddress
-    if packet[0] >> 4 == 4 and packet[9] == _PROTOCOL_UDP:
-        start = (packet[0] & 15) * 4
-        source, destination = IPv4Address(packet[12:16]), IPv4Address(packet[16:20])
-    elif packet[0] >> 4 == 6 and packet[6] == _PROTOCOL_UDP:
-        start = 40
-        source, destination = IPv6Address(packet[8:24]), IPv6Address(packet[24:40])
-    else:
+    if not (start := udp_payload_at(packet)):
         return None
-    ports = struct.unpack_from("!HH", packet, start)
-    return UdpAddr(source, ports[0]), UdpAddr(destination, ports[1]), packet[start + 8 :]
+    addresses: tuple[IPAddress, IPAddress]
+    if packet[0] >> 4 == 4:
+        addresses = IPv4Address(packet[12:16]), IPv4Address(packet[16:20])
+    else:
+        addresses = IPv6Address(packet[8:24]), IPv6Address(packet[24:40])
+    source, destination = map(UdpAddr, addresses, struct.unpack_from("!HH", packet, start - 8))
+    return source, destination, packet[start:]
 
 
 class Forger:

@@ -27,8 +27,10 @@ from typing import Self
 
 from nebula_mp.newtypes import IPAddress
 from tests.support.netns import Site, entered
+from tests.support.udp_batches import receive, receive_batches, send_segmented
 
 UDP_SIZES = (0, 1, 64, 1200, 1272)
+SEGMENT_SIZES = (1, 64, 999, 1200, 1252)
 PING_SIZES = (4000, 8000)
 TRANSFER_BYTES = 3_000_000
 RAW_PACKETS = 400
@@ -98,6 +100,41 @@ def check_udp_echo(source: Endpoint, destination: Endpoint, sizes: Sequence[int]
             server.sendto(received, sender)
             assert select.select([client], [], [], _ECHO_WITHIN_S)[0], f"{where}: no echo"
             assert client.recv(65535) == sent, f"{where}: the echo is different"
+
+
+def check_udp_segmented(
+    source: Endpoint, destination: Endpoint, sizes: Sequence[int] = SEGMENT_SIZES, *, joined: bool = False
+) -> None:
+    """Datagrams sent with one call (UDP_SEGMENT) arrive each once and unchanged, as if sent one by one.
+
+    `joined` lets the receiving socket take several with one call too (UDP_GRO), which must change nothing. Two
+    datagrams go there and back first: what comes at once of a flow that nobody knows yet may be dropped.
+    """
+    server, client = destination.socket(socket.SOCK_DGRAM), source.socket(socket.SOCK_DGRAM)
+    with server, client:
+        server.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 16 << 20)
+        server.bind((str(destination.address), 0))
+        client.connect(server.getsockname()[:2])
+        if joined:
+            receive_batches(server)
+        memory = memoryview(bytearray(1 << 16))
+        for _ in range(2):
+            client.send(b"known?")
+            assert select.select([server], [], [], _ECHO_WITHIN_S)[0], "a datagram did not arrive"
+            server.sendto(*server.recvfrom(2048))
+            assert select.select([client], [], [], _ECHO_WITHIN_S)[0], "no echo"
+            client.recv(2048)
+        for size in sizes:
+            sent = os.urandom(size * min(40, 60_000 // size) + size // 2)
+            send_segmented(client, sent, size)
+            expected = [sent[at : at + size] for at in range(0, len(sent), size)]
+            received: list[bytes] = []
+            where = f"UDP_SEGMENT {size} bytes {source.address} -> {destination.address}"
+            while len(received) < len(expected):
+                ready = select.select([server], [], [], _ECHO_WITHIN_S)[0]
+                assert ready, f"{where}: {len(received)} of {len(expected)} arrived"
+                received += map(bytes, receive(server, memory))
+            assert sorted(received) == sorted(expected), f"{where}: arrived as {list(map(len, received))}"
 
 
 class _Stream:

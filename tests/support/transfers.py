@@ -7,6 +7,7 @@ Knows nothing of Nebula.
 
 import contextlib
 import hashlib
+import math
 import random
 import select
 import socket
@@ -26,15 +27,25 @@ _CONNECT_WITHIN_S = 10.0
 class Transfer:
     """One connection from `source` to `destination` that carries random bytes until `finish`.
 
-    `pace_bytes_s` bounds how fast. What goes wrong in the threads is kept and raised by `finish`.
+    `pace_bytes_s` bounds how fast. With `size_bytes` it carries that much, and `finish` waits for the last of it.
+    `segment_bytes` bounds what the stack may put into one packet (TCP_MAXSEG); 0: whatever fits. What goes wrong in the threads is kept and raised by `finish`.
     """
 
-    def __init__(self, source: Endpoint, destination: Endpoint, *, pace_bytes_s: int, seed: int = 1) -> None:
+    def __init__(
+        self,
+        source: Endpoint,
+        destination: Endpoint,
+        *,
+        pace_bytes_s: float = math.inf,
+        size_bytes: float = math.inf,
+        segment_bytes: int = 0,
+        seed: int = 1,
+    ) -> None:
         self.label = f"TCP {source.address} -> {destination.address}"
         self.sent = self.received = 0
-        self._pace = pace_bytes_s
+        self._pace, self._size = pace_bytes_s, size_bytes
         self._dice = random.Random(seed)
-        self._sender, self._receiver = _connect(source, destination, self.label)
+        self._sender, self._receiver = _connect(source, destination, self.label, segment_bytes)
         self._ending = threading.Event()
         self._hashes = hashlib.sha256(), hashlib.sha256()
         self._failures: list[BaseException] = []
@@ -47,7 +58,8 @@ class Transfer:
 
     def finish(self, *, within_s: float = 30.0) -> None:
         """Send no more, and wait for the rest; AssertionError unless all arrived, unaltered and in order."""
-        self._ending.set()
+        if self._size == math.inf:
+            self._ending.set()
         deadline = time.monotonic() + within_s
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -79,15 +91,16 @@ class Transfer:
 
     def _send(self) -> None:
         began = time.monotonic()
-        while not self._ending.is_set():
-            chunk = self._dice.randbytes(_CHUNK_BYTES)
+        while self.sent < self._size and not self._ending.is_set():
+            chunk = self._dice.randbytes(int(min(_CHUNK_BYTES, self._size - self.sent)))
             self._hashes[0].update(chunk)
             self._sender.sendall(chunk)
             self.sent += len(chunk)
             due = began + self.sent / self._pace
             if due < (now := time.monotonic()):
                 began += now - due  # what was stalled is not made up for
-            self._ending.wait(max(0.0, due - now))
+            elif due > now:
+                self._ending.wait(due - now)
         self._sender.shutdown(socket.SHUT_WR)
 
     def _receive(self) -> None:
@@ -96,9 +109,13 @@ class Transfer:
             self.received += len(data)
 
 
-def _connect(source: Endpoint, destination: Endpoint, label: str) -> tuple[socket.socket, socket.socket]:
+def _connect(
+    source: Endpoint, destination: Endpoint, label: str, segment_bytes: int
+) -> tuple[socket.socket, socket.socket]:
     sender = source.socket(socket.SOCK_STREAM)
     with destination.socket(socket.SOCK_STREAM) as listener:
+        for end in (sender, listener) if segment_bytes else ():
+            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, segment_bytes)
         listener.bind((str(destination.address), 0))
         listener.listen(1)
         with contextlib.suppress(BlockingIOError):
@@ -113,13 +130,22 @@ def _connect(source: Endpoint, destination: Endpoint, label: str) -> tuple[socke
 
 
 class BothWays:
-    """A transfer in each direction at once; a context manager that leaves no thread behind."""
+    """A transfer in each direction at once; a context manager that leaves no thread behind. See Transfer."""
 
-    def __init__(self, left: Endpoint, right: Endpoint, *, pace_bytes_s: int = 4_000_000) -> None:
+    def __init__(
+        self,
+        left: Endpoint,
+        right: Endpoint,
+        *,
+        pace_bytes_s: float = 4_000_000,
+        size_bytes: float = math.inf,
+    ) -> None:
         self.transfers: list[Transfer] = []
         try:
             for number, (source, destination) in enumerate(((left, right), (right, left))):
-                transfer = Transfer(source, destination, pace_bytes_s=pace_bytes_s, seed=number)
+                transfer = Transfer(
+                    source, destination, pace_bytes_s=pace_bytes_s, size_bytes=size_bytes, seed=number
+                )
                 self.transfers.append(transfer)
         except BaseException:
             self.abandon()

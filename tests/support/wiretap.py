@@ -2,7 +2,8 @@
 
 Data flow: router's devices -> packet socket -> [support.wiretap] -> one JSON line -> Report -> tests/e2e
 `netns.Recorder` keeps every datagram in the test's own process; this one keeps up with tens of thousands a
-second because it keeps only a hash of each. Knows the Nebula header and nothing behind it.
+second because it keeps only a hash of each, of the latest one to two million. Knows the Nebula header and
+nothing behind it.
 Source: packet(7), RFC 768, RFC 791, RFC 8200, docs/wire-format.md.
 """
 
@@ -20,18 +21,13 @@ from typing import Any, BinaryIO, Self
 
 from nebula_mp.wire.header import HEADER_BYTES, MessageType
 from tests.support.netns import Site, Wire
+from tests.support.packet_tap import PacketTap, udp_payload_at
 from tests.support.peers import CLONE
 
-_ETH_P_ALL = 0x0003
-_PACKET_HOST = 0
-_SOL_PACKET = 263
-_PACKET_STATISTICS = 6
-_PACKET_IGNORE_OUTGOING = 23
-_SO_RCVBUFFORCE = 33
 _BUFFER_BYTES = 128 << 20
-_PROTOCOL_UDP = 17
 _HEADER = struct.Struct("!BBHIQ")
 _CLEAR = (MessageType.HANDSHAKE, MessageType.RECV_ERROR)  # their counters say nothing about a key
+_CONTENTS_MAX = 1_000_000  # then they become the ones before, and those are forgotten
 _END_WITHIN_S = 30.0
 
 
@@ -57,26 +53,29 @@ class Watch:
     def __init__(self) -> None:
         self._datagrams: dict[bytes, Counter[int]] = {}
         self._contents: dict[tuple[bytes, int, int], int] = {}
+        self._contents_before: dict[tuple[bytes, int, int], int] = {}
+        self._sealed: Counter[bytes] = Counter()
         self._resent: Counter[bytes] = Counter()
         self._clashes: set[tuple[bytes, int, int]] = set()
 
     def handle(self, packet: bytes) -> None:
         """Take note of one IP packet; what is no UDP datagram with a Nebula header is passed over."""
-        if packet[0] >> 4 == 4:
-            protocol, source, start = packet[9], packet[12:16], (packet[0] & 15) * 4 + 8
-        else:
-            protocol, source, start = packet[6], packet[8:24], 48
-        if protocol != _PROTOCOL_UDP or len(packet) < start + HEADER_BYTES:
+        start = udp_payload_at(packet)
+        if not start or len(packet) < start + HEADER_BYTES:
             return
+        source = packet[12:16] if packet[0] >> 4 == 4 else packet[8:24]
         first, _, _, index, counter = _HEADER.unpack_from(packet, start)
         kind = first & 15
         self._datagrams.setdefault(source, Counter())[kind] += 1
         if kind in _CLEAR:
             return
         key, content = (source, index, counter), hash(packet[start:])
-        before = self._contents.get(key)
+        before = self._contents.get(key, self._contents_before.get(key))
         if before is None:
             self._contents[key] = content
+            self._sealed[source] += 1
+            if len(self._contents) > _CONTENTS_MAX:
+                self._contents, self._contents_before = {}, self._contents
         elif before == content:
             self._resent[source] += 1
         else:
@@ -84,13 +83,12 @@ class Watch:
 
     def fields(self, missed: int) -> dict[str, Any]:
         """Those of a Report."""
-        sealed = Counter(source for source, _, _ in self._contents)
         return {
             "datagrams": {
                 _text(source): {_name(kind): amount for kind, amount in counts.items()}
                 for source, counts in self._datagrams.items()
             },
-            "sealed": {_text(source): amount for source, amount in sealed.items()},
+            "sealed": {_text(source): amount for source, amount in self._sealed.items()},
             "resent": {_text(source): amount for source, amount in self._resent.items()},
             "clashes": {
                 _text(source): sorted(
@@ -156,28 +154,16 @@ class Wiretap:
 def _watch_until_closed(stdin: BinaryIO) -> dict[str, Any]:
     """Watch all devices of this namespace until the other end closes our stdin."""
     watch = Watch()
-    with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_ETH_P_ALL)) as tap:
-        tap.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
-        tap.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
-        tap.setblocking(False)
+    with PacketTap(buffer_bytes=_BUFFER_BYTES) as tap:
         print("ready", flush=True)
         ending = False
         while not ending:
             ready, _, _ = select.select([tap.fileno(), stdin.fileno()], [], [])
             ending = stdin.fileno() in ready
-            _drain(tap, watch)
-        missed = struct.unpack("=II", tap.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8))[1]
-    return watch.fields(missed)
-
-
-def _drain(tap: socket.socket, watch: Watch) -> None:
-    while True:
-        try:
-            packet, address = tap.recvfrom(65535)
-        except BlockingIOError:
-            return
-        if address[2] == _PACKET_HOST:
-            watch.handle(packet)
+            for frame in tap.frames():
+                for packet in frame.datagrams():
+                    watch.handle(packet)
+        return watch.fields(tap.missed())
 
 
 if __name__ == "__main__":

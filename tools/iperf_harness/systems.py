@@ -26,7 +26,7 @@ OURS = "nebula-mp"
 BUFFER_BYTES = 8 << 20
 MTU_BYTES = 1300
 _RELEASE = re.compile(r"nebula-(\d+\.\d+\.\d+)")
-_SHORT = {"kernel": "mp.kernel", "workers": "mp.workers", "drain": "mp.drain"}
+_OF_MP = ("kernel", "workers", "drain", "offload")
 _START_OURS = (sys.executable, "-m", "nebula_mp", "start", "-config", "$config")
 _CHECK_OURS = (sys.executable, "-m", "nebula_mp", "config", "validate", "--strict", "-c", "$config")
 
@@ -156,7 +156,7 @@ def _parse(text: str, workers: int, ours: Mapping[str, str]) -> System:
         return System(label=NONE)
     if name == OURS:
         defaults = {"workers": str(workers), **ours}
-        settings = {**{_SHORT[key]: _scalar(value) for key, value in defaults.items()}, **_long(settings)}
+        settings = _long({key: _scalar(value) for key, value in defaults.items()}) | _long(settings)
         return System(label=text, command=_START_OURS, settings=settings, check=_CHECK_OURS)
     if release := _RELEASE.fullmatch(name):
         program = peers_directory() / release[1] / "usr" / "bin" / "nebula"
@@ -183,7 +183,7 @@ def _option(text: str, whole: str) -> tuple[str, object]:
 
 
 def _long(settings: Mapping[str, object]) -> dict[str, object]:
-    return {_SHORT.get(key, key): value for key, value in settings.items()}
+    return {f"mp.{key}" if key.partition(".")[0] in _OF_MP else key: value for key, value in settings.items()}
 
 
 def _scalar(text: str) -> object:
