@@ -442,9 +442,7 @@ class Consumer(_End):
         self._state = state
         self._lease = lease
         self._goes_on = recovery is Recovery.GO_ON_BEHIND
-        self._least = (
-            1 if self._goes_on else 0
-        )  # packets; none would be missing in the sums over all counters
+        self._least = 1 if self._goes_on else 0  # packets; none would be missing in the sums of counters
         self._segments = segments
         self._rows = rows
         self._tail = self._head = state.words[TAIL]

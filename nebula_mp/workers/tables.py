@@ -71,10 +71,10 @@ _STOPPED: Final = Seconds(3)  # by then the supervisor has killed it
 _NAP: Final = 0.0005  # s; it may need our core
 _COUNTER_TRIES: Final = 100  # with a nap after each
 
-_NOTHING_PASSED: Final = Passed(0, Seconds(float("-inf")), 0)
+_NEVER: Final = Seconds(float("-inf"))
+_NOTHING_PASSED: Final = Passed(0, _NEVER, 0)
 
 Addresses = tuple[IPAddress, ...]
-_NEVER: Final = Seconds(float("-inf"))
 
 
 @dataclass(slots=True, eq=False)
