@@ -144,7 +144,7 @@ class ShmPlane:
         )
         self._tunnels = TunnelTable(Mapping(tables.tunnels, TUNNELS, writable=True), keys, self._counters)
         flows, seen = Mapping(tables.flows, FLOWS, writable=True), Mapping(tables.seen, SEEN, writable=True)
-        # Hashed, most of the first ten thousand flows would be the first in their page, which costs 4 us each.
+        # Hashed, most of the first ten thousand flows would be the first in their page: 4 us for each page.
         for mapping in (flows, seen):
             mapping.populate()
         self._flows = FlowTable(flows, seen)
