@@ -227,7 +227,7 @@ class UdpSocket:
     def send(self, datagram: bytes, to: UdpAddr) -> SendFault | None:
         """Send one datagram; None, or why it was dropped. Waits at most 1 ms for room in the buffer."""
         target = self._last_target
-        if to is not self._last_to:  # nearly always the same peer's, and to hash an address takes 1 us
+        if to is not self._last_to:  # mostly the same peer's again, and to hash an address takes 0.16 us
             target = self._targets.get(to) or self._learn_target(to)
             self._last_to, self._last_target = to, target
         if target is None:

@@ -151,7 +151,8 @@ class Upcall(NamedTuple):
     packet: bytes
 
 
-_REASONS: Final = {int(reason): reason for reason in UpcallReason}  # 0.1 us; to call the enum takes 0.7 us
+# A look-up takes 0.05 us, to call the enum 0.25 us.
+_REASONS: Final = {int(reason): reason for reason in UpcallReason}
 _RECORD = struct.Struct("<QIHBBBBxxI16s")  # time, index, port, family, reserved, type, subtype, scope, IP
 RECORD_BYTES: Final = _RECORD.size
 """What a record has in front of its packet."""

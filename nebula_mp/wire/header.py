@@ -87,5 +87,5 @@ class Header:
 
 
 def encode_header(kind: MessageType, subtype: int, remote_index: TunnelIndex, counter: Counter) -> bytes:
-    """Return a header's 16 bytes without making one: 0.3 us instead of 1.3 us."""
+    """Return a header's 16 bytes without making one: 0.1 us instead of 0.6 us."""
     return _LAYOUT.pack(VERSION << 4 | kind, subtype, 0, remote_index, counter)

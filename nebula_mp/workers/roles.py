@@ -32,8 +32,8 @@ def real_mains() -> Mapping[Role, Main]:
 def _use_ciphers() -> None:
     """Have the library look up each algorithm once, with keys of nobody.
 
-    It does so at the first use in a process and in those forked later not again: 2 to 17 ms for the first
-    packet of a reader, and as much for the first handshake of control.
+    It does so at the first use in a process, and in those forked later not again: that was 7 of the 9 million
+    instructions of a reader's first packets, and 2 of the 9 million of control's first handshake.
     """
     for curve in Curve:
         for cipher in Cipher:

@@ -151,7 +151,7 @@ class ShmPlane:
         )
         self._tunnels = TunnelTable(Mapping(tables.tunnels, TUNNELS, writable=True), keys, self._counters)
         flows, seen = Mapping(tables.flows, FLOWS, writable=True), Mapping(tables.seen, SEEN, writable=True)
-        # Hashed, each of the first ten thousand flows would be the first in its page: 10 us of 25 for a flow.
+        # Hashed, most of the first ten thousand flows would be the first in their page: 4 us for each page.
         for mapping in (flows, seen):
             mapping.populate()
         self._flows = FlowTable(flows, seen)
