@@ -59,6 +59,7 @@ _WORD = struct.Struct("<Q")
 _MFD_NOEXEC_SEAL = 8  # Linux 6.3; refused as unknown before, demanded by sysctl vm.memfd_noexec=2 since
 _ACCESS = {os.O_RDONLY: "read-only", os.O_WRONLY: "write-only", os.O_RDWR: "read-write"}
 _SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+_TRY_LOCK = fcntl.LOCK_EX | fcntl.LOCK_NB
 _MADV_POPULATE_WRITE = 23
 _MLOCK_ONFAULT = 1  # lock a page when it is first used, so that locking costs no memory
 
@@ -343,7 +344,7 @@ class RecordLock:
     def try_take(self) -> bool:
         """Take the lock unless another process has it; never waits."""
         try:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self._number)
+            fcntl.lockf(self._descriptor, _TRY_LOCK, 1, self._number)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 return False

@@ -27,6 +27,7 @@ DROP_SLOTS: Final = {reason: SLOTS[reason.value] for reason in Drop}
 _UPCALLS: Final = SLOTS["mp.upcalls"]
 _STRANGERS: Final = SLOTS["mp.strangers"]
 _BUCKETS_MAX: Final = 4096
+_NOWHERE: Final = memoryview(b"")
 
 
 class Drops:
@@ -54,12 +55,9 @@ class Filler:
         self.entries_max: Final = producer.geometry.entries_max
         self.at = 0
         """Where the next bytes of the area belong."""
-        self._entries = -1  # -1: no area is being filled
-
-    @property
-    def data(self) -> memoryview:
+        self.data = _NOWHERE
         """The area being filled; borrowed until the next call of anything but `describe`."""
-        return self._producer.data
+        self._entries = -1  # -1: no area is being filled
 
     def fits(self, size_bytes: int, entries: int = 1) -> bool:
         """Whether so much fits the area being filled, beside what is described there."""
@@ -76,14 +74,16 @@ class Filler:
         """
         assert size_bytes <= self.room_bytes
         assert entries <= self.entries_max
-        gap = -self.at % align
-        if self.fits(gap + size_bytes, entries):
-            self.at += gap
-            return True
-        self.flush()
+        if self._entries >= 0:
+            gap = -self.at % align
+            if self.fits(gap + size_bytes, entries):
+                self.at += gap
+                return True
+            self.flush()
         if self._entries < 0:
             if not self._producer.try_begin():
                 return False
+            self.data = self._producer.data
             self._entries = 0
             self.at = 0
         return True
@@ -100,6 +100,7 @@ class Filler:
         if self._entries <= 0:
             return False
         self._producer.publish()
+        self.data = _NOWHERE
         self._entries = -1
         return True
 
