@@ -53,7 +53,6 @@ _DATA: Final = bytes((VERSION << 4 | MessageType.MESSAGE, MESSAGE_IP))
 _COUNTERS: Final = 2**64
 _NOT_OURS: Final = (MessageType.HANDSHAKE, MessageType.RECV_ERROR)
 _PACKETS: Final = SLOTS["mp.udp.rx.packets"]
-_BYTES: Final = SLOTS["mp.udp.rx.bytes"]
 _ICMP_SEEN: Final = SLOTS["mp.rx.icmp"]
 
 
@@ -128,8 +127,7 @@ class PythonOpener:
         self._upcalls.flush()
         self._strangers.flush()
         if packets:
-            self._stats.add(_PACKETS, packets)
-            self._stats.add(_BYTES, size_bytes)
+            self._stats.add_traffic(_PACKETS, packets, size_bytes)
         if lost is not None:
             raise lost
         return taken

@@ -45,7 +45,6 @@ it, and has it back a few time slices later: with 15 tasks on 2 cores a millisec
 _PACKET_BYTES_MAX: Final = PACKET_BYTES_MAX + IPV6_HEADER_BYTES
 _ARENA_BYTES: Final = 4 * _PACKET_BYTES_MAX
 _PACKETS: Final = SLOTS["mp.tun.rx.packets"]
-_BYTES: Final = SLOTS["mp.tun.rx.bytes"]
 _BEYOND: Final = SLOTS["mp.counter.span"]
 _BUSY: Final = SLOTS["mp.counter.busy"]
 
@@ -144,8 +143,7 @@ class PythonSealer:
         self._filler.flush()
         self._upcalls.flush()
         if taken:
-            self._stats.add(_PACKETS, taken)
-            self._stats.add(_BYTES, size_bytes)
+            self._stats.add_traffic(_PACKETS, taken, size_bytes)
         if lost is not None:
             raise lost
         return taken
