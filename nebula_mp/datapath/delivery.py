@@ -159,23 +159,26 @@ class Delivery:
 
     def settle(self) -> None:
         """Judge and describe what is held; before the filler is used or flushed."""
-        held, tunnel, arrival = self._held, self._tunnel, self._arrival
+        held = self._held
         if not held:
             return
+        tunnel, arrival = self._tunnel, self._arrival
         assert tunnel is not None
         assert arrival is not None
+        filler, step = self._filler, self._step
+        at, count = filler.at, len(held)
+        if count == 1:
+            self._publish_at(tunnel, arrival, at, held.pop())
+            return
         sizes = held.copy()
         held.clear()
-        filler, step = self._filler, self._step
-        at, count = filler.at, len(sizes)
-        if count > 1:
-            extent = self.head_bytes + (count - 1) * step + sizes[-1]
-            lying = filler.data[at + self.head_bytes : at + extent]
-            parts = coalesce(lying, step, sizes, self.kinds)
-            if len(parts) < count:
-                self._copies[: len(lying)] = lying
-                self._publish(tunnel, arrival, parts, step, sizes)
-                return
+        extent = self.head_bytes + (count - 1) * step + sizes[-1]
+        lying = filler.data[at + self.head_bytes : at + extent]
+        parts = coalesce(lying, step, sizes, self.kinds)
+        if len(parts) < count:
+            self._copies[: len(lying)] = lying
+            self._publish(tunnel, arrival, parts, step, sizes)
+            return
         for number, size in enumerate(sizes):
             self._publish_at(tunnel, arrival, at + number * step, size)
 
