@@ -175,12 +175,8 @@ class SendCounters:
         when it is sent at once. `regardless` of the span: after 1 ms of refusals for that reason.
         """
         assert count > 0
-        lock = self._lock(row)
-        for _ in range(_TRIES):
-            if lock.try_take():
-                break
-            os.sched_yield()
-        else:
+        lock = self._locks.get(row) or self._make_lock(row)
+        if not lock.try_take() and not _try_again(lock):
             return Refusal.BUSY
         try:
             words = self._words
@@ -222,11 +218,9 @@ class SendCounters:
         counter = Counter(self._words[word + _COUNTER])
         return counter if self._words[word + _SEND_GENERATION] == generation else None
 
-    def _lock(self, row: int) -> RecordLock:
-        lock = self._locks.get(row)
-        if lock is None:
-            assert 0 <= row < self._rows
-            lock = self._locks[row] = self._file.lock(row)
+    def _make_lock(self, row: int) -> RecordLock:
+        assert 0 <= row < self._rows
+        lock = self._locks[row] = self._file.lock(row)
         return lock
 
     def _is_beyond(self, row: int, generation: int, end: int, others: int) -> bool:
@@ -281,6 +275,14 @@ class SendCounters:
             raise self._send.contradiction("rows touched", cells[TOUCHED], f"at most {self._rows}")
         for cell in range(ROWS_AT_WORD, ROWS_AT_WORD + cells[TOUCHED] * _SPAN_WORDS, _SPAN_WORDS):
             cells[cell + _UNTIL] = min(cells[cell + _UNTIL], published)
+
+
+def _try_again(lock: RecordLock) -> bool:
+    for _ in range(_TRIES - 1):
+        os.sched_yield()
+        if lock.try_take():
+            return True
+    return False
 
 
 class ReceiveWindows:

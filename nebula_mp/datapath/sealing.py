@@ -25,7 +25,7 @@ from nebula_mp.datapath.segment import complete
 from nebula_mp.datapath.virtio import HEADER_BYTES as VIRTIO_BYTES
 from nebula_mp.datapath.virtio import PACKET_BYTES_MAX, PLAIN, GsoType, OffloadError, VirtioHeader
 from nebula_mp.errors import WireError
-from nebula_mp.newtypes import Cipher, Seconds
+from nebula_mp.newtypes import Buffer, Cipher, Seconds
 from nebula_mp.shm_counters import Refusal, SendCounters, Traffic
 from nebula_mp.shm_flows import REFUSED, FlowView
 from nebula_mp.shm_peers import PeerView
@@ -44,6 +44,7 @@ it, and has it back a few time slices later: with 15 tasks on 2 cores a millisec
 
 _PACKET_BYTES_MAX: Final = PACKET_BYTES_MAX + IPV6_HEADER_BYTES
 _ARENA_BYTES: Final = 4 * _PACKET_BYTES_MAX
+_new_tuple = tuple.__new__
 _PACKETS: Final = SLOTS["mp.tun.rx.packets"]
 _BEYOND: Final = SLOTS["mp.counter.span"]
 _BUSY: Final = SLOTS["mp.counter.busy"]
@@ -100,6 +101,8 @@ class PythonSealer:
         # Packets that were read lie here one behind the other until their run was sealed.
         self._arena = memoryview(bytearray(_ARENA_BYTES))
         self._at = 0
+        self._first_room = self._arena[:_PACKET_BYTES_MAX]
+        self._first_buffers = self._buffers(self._first_room)
         self._runs: deque[Run] = deque()
         self._growing: PlainRun | None = None  # the last run, if packets may still be added
         self._held_since: Seconds | None = None
@@ -119,7 +122,8 @@ class PythonSealer:
         now_ms = int(now * 1000)
         taken = size_bytes = 0
         lost = None
-        self._seal_runs(now)
+        if self._runs:
+            self._seal_runs(now)
         while taken < budget and self._held_since is None:
             if self._at + _PACKET_BYTES_MAX > _ARENA_BYTES:
                 self._seal_runs(now)
@@ -138,7 +142,7 @@ class PythonSealer:
             leave = self._growing is not None
             if len(self._runs) > leave:
                 self._seal_runs(now, leave=leave)
-        if not self.is_holding:
+        if self._runs and self._held_since is None:
             self._seal_runs(now)
         self._filler.flush()
         self._upcalls.flush()
@@ -150,10 +154,16 @@ class PythonSealer:
 
     def _read(self) -> memoryview | None:
         """Read a packet or superpacket into the arena, its header apart; None if it ends in the header."""
-        room = self._arena[self._at : self._at + _PACKET_BYTES_MAX]
-        header = self._header
-        size = os.readv(self._descriptor, [header, room] if header else [room]) - len(header)
+        if self._at == 0:  # mostly: made once
+            room, buffers = self._first_room, self._first_buffers
+        else:
+            room = self._arena[self._at : self._at + _PACKET_BYTES_MAX]
+            buffers = self._buffers(room)
+        size = os.readv(self._descriptor, buffers) - len(self._header)
         return room[:size] if size >= 0 else None
+
+    def _buffers(self, room: memoryview) -> list[Buffer]:
+        return [self._header, room] if self._header else [room]
 
     def _take(self, packet: memoryview | None, now_ms: int) -> tuple[int, int]:
         """Add what was read to the run it belongs to, or see to it that it goes elsewhere.
@@ -184,17 +194,17 @@ class PythonSealer:
             return
         if header.needs_checksum:
             complete(header, packet)
-        size_bytes = len(packet) + OVERHEAD_BYTES
+        size_bytes, room_bytes = len(packet) + OVERHEAD_BYTES, self._filler.room_bytes
         if peer is None:
             self._upcalls.plain(UpcallReason.NEW_FLOW_OUT, packet, now_ms)
-        elif size_bytes > self._filler.room_bytes:
+        elif size_bytes > room_bytes:
             self._drops.count(Drop.OVERSIZE)
         else:
             run = self._growing
             if (
                 run is None
                 or run.peer != peer
-                or run.size_bytes + size_bytes > self._filler.room_bytes
+                or run.size_bytes + size_bytes > room_bytes
                 or run.count == self._entries_max
             ):
                 run = self._growing = PlainRun(peer)
@@ -244,7 +254,7 @@ class PythonSealer:
     def _try_seal(self, run: Run, now: Seconds) -> bool:
         """Seal a run, or see to it that it goes elsewhere; False when it is to be held back."""
         count = run.count
-        held = Seconds(0) if self._held_since is None else Seconds(now - self._held_since)
+        held = 0.0 if self._held_since is None else now - self._held_since
         # Again when the tunnel ended in between: its successor may be there already.
         for _ in range(2):
             tunnel = self._tunnel(run.peer)
@@ -254,11 +264,13 @@ class PythonSealer:
                 self._drops.count(Drop.SEAL_RING_FULL, count)
                 return True
             row, generation = tunnel.local_index & 0xFFFF, tunnel.generation
-            beyond = self._counters.beyond_span
-            first = self._counters.reserve(row, generation, count, self._area(), regardless=held >= HOLD)
-            self._stats.add(_BEYOND, self._counters.beyond_span - beyond)
+            counters = self._counters
+            beyond = counters.beyond_span
+            first = counters.reserve(row, generation, count, self._area(), regardless=held >= HOLD)
+            if counters.beyond_span != beyond:
+                self._stats.add(_BEYOND, counters.beyond_span - beyond)
             if not isinstance(first, Refusal):
-                target = Target(tunnel.ciphers.send, tunnel.remote_index, row)
+                target = _new_tuple(Target, (tunnel.ciphers.send, tunnel.remote_index, row))  # as in wire.ip
                 run.seal(self._filler, self._places, target, first)
                 self._traffic.sent(row, generation, count, run.size_bytes, int(now * 1000))
                 return True
