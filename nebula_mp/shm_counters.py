@@ -202,7 +202,8 @@ class SendCounters:
             words[word + _COUNTER] = last + count
         finally:
             lock.drop()
-        return Counter(last + 1)
+        first: Counter = last + 1  # type: ignore[assignment]  # as in shm_peers
+        return first
 
     def may_take(self, row: int, generation: int, count: int) -> bool:
         """Whether `reserve` would not refuse a batch of this size for its span: a guess, without the lock."""

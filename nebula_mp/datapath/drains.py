@@ -264,8 +264,11 @@ class UdpDrain:
 
     def _send(self, datagram: memoryview, target: SockAddr) -> bool:
         number = self._call(datagram, target, None)
+        if number == 0:
+            self._stats.add_traffic(_UDP_PACKETS, 1, len(datagram))
+            return True
         self._count(number, len(datagram), 1)
-        return number == 0
+        return False
 
     def _count(self, number: int, size_bytes: int, datagrams: int) -> None:
         if number == 0:

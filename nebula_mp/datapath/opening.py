@@ -47,6 +47,8 @@ from nebula_mp.wire.header import (
 )
 
 _new_tuple = tuple.__new__
+_MESSAGE: Final = MessageType.MESSAGE  # of an enum, a member takes two look-ups
+_PROVEN: Final = TunnelState.PROVEN
 _PUNCH_BYTES_MAX: Final = 1
 _KINDS: Final = {
     (VERSION << 4 | kind, subtype): kind for kind, subtypes in SUBTYPES.items() for subtype in subtypes
@@ -155,7 +157,10 @@ class PythonOpener:
             self._drops.count(Drop.OVERSIZE, batch.count)
             return
         count = batch.count
-        if count == 1 or source is None or batch.stride > DATAGRAM_BYTES_MAX or not self._delivery.kinds:
+        if count == 1:
+            self._handle(batch.datagram(0), source, now_ms)
+            return
+        if source is None or batch.stride > DATAGRAM_BYTES_MAX or not self._delivery.kinds:
             for number in range(count):
                 self._handle(batch.datagram(number), source, now_ms)
             return
@@ -274,8 +279,8 @@ class PythonOpener:
 
     def _open(self, tunnel: TunnelRow[Ciphers], arrival: Arrival, counter: int, datagram: memoryview) -> None:
         """Open a message of a tunnel that is ours."""
-        row = tunnel.local_index & 0xFFFF
-        window = self._windows.get(row, tunnel.generation)
+        row, generation = tunnel.local_index & 0xFFFF, tunnel.generation
+        window = self._windows.get(row, generation)
         if window is None:  # the row has a later tunnel, and this one ended
             self._drops.count(Drop.UNKNOWN_INDEX)
             return
@@ -286,7 +291,7 @@ class PythonOpener:
             return
         size_bytes = len(datagram)
         size = size_bytes - OVERHEAD_BYTES
-        is_packet = arrival.type is MessageType.MESSAGE
+        is_packet = arrival.type is _MESSAGE
         out: memoryview | None
         if is_packet:
             if not self._delivery.fits(size):
@@ -304,8 +309,8 @@ class PythonOpener:
             self._drops.count(Drop.AUTH)
             return
         window.update(counter)
-        self._traffic.received(row, tunnel.generation, 1, size_bytes, arrival.at_ms)
-        if is_packet and tunnel.state is TunnelState.PROVEN:
+        self._traffic.received(row, generation, 1, size_bytes, arrival.at_ms)
+        if is_packet and tunnel.state is _PROVEN:
             if self._has_moved(tunnel, arrival.source):
                 self._upcalls.moved(arrival, tunnel.local_index)
             self._delivery.take(tunnel, arrival, size)

@@ -158,9 +158,9 @@ class PlainRun:
             start = end = filler.at
             for packet in batch:
                 header = pack(_FIRST_WORD, remote_index, counter)
-                begin, middle = end, end + HEADER_BYTES
+                middle = end + HEADER_BYTES
+                data[end:middle] = header
                 end = middle + len(packet) + TAG_BYTES
-                data[begin:middle] = header
                 seal_into(counter, header, packet, data[middle:end])
                 counter += 1
             filler.describe(end - start, len(batch[0]) + OVERHEAD_BYTES, row)

@@ -45,6 +45,8 @@ it, and has it back a few time slices later: with 15 tasks on 2 cores a millisec
 _PACKET_BYTES_MAX: Final = PACKET_BYTES_MAX + IPV6_HEADER_BYTES
 _ARENA_BYTES: Final = 4 * _PACKET_BYTES_MAX
 _new_tuple = tuple.__new__
+_NO_GSO: Final = GsoType.NONE  # of an enum, a member takes two look-ups
+_PROVEN: Final = TunnelState.PROVEN
 _PACKETS: Final = SLOTS["mp.tun.rx.packets"]
 _BEYOND: Final = SLOTS["mp.counter.span"]
 _BUSY: Final = SLOTS["mp.counter.busy"]
@@ -180,7 +182,7 @@ class PythonSealer:
             except OffloadError:
                 self._drops.count(Drop.TUN_OFFLOAD)
                 return 1, len(packet)
-        if header.gso is GsoType.NONE:
+        if header.gso is _NO_GSO:
             self._take_packet(header, packet, now_ms)
             return 1, len(packet)
         superpacket = Superpacket(header, packet)
@@ -253,14 +255,14 @@ class PythonSealer:
 
     def _try_seal(self, run: Run, now: Seconds) -> bool:
         """Seal a run, or see to it that it goes elsewhere; False when it is to be held back."""
-        count = run.count
+        count, filler = run.count, self._filler
         held = 0.0 if self._held_since is None else now - self._held_since
         # Again when the tunnel ended in between: its successor may be there already.
         for _ in range(2):
             tunnel = self._tunnel(run.peer)
             if tunnel is None:
                 break
-            if not self._filler.try_room(run.size_bytes, run.entries, run.align):
+            if not filler.try_room(run.size_bytes, run.entries, run.align):
                 self._drops.count(Drop.SEAL_RING_FULL, count)
                 return True
             row, generation = tunnel.local_index & 0xFFFF, tunnel.generation
@@ -271,7 +273,7 @@ class PythonSealer:
                 self._stats.add(_BEYOND, counters.beyond_span - beyond)
             if not isinstance(first, Refusal):
                 target = _new_tuple(Target, (tunnel.ciphers.send, tunnel.remote_index, row))  # as in wire.ip
-                run.seal(self._filler, self._places, target, first)
+                run.seal(filler, self._places, target, first)
                 self._traffic.sent(row, generation, count, run.size_bytes, int(now * 1000))
                 return True
             if first is Refusal.BUSY:
@@ -291,6 +293,6 @@ class PythonSealer:
         """The tunnel of a peer, if it can send."""
         index = self._peers.tunnel(peer)
         tunnel = None if index is None else self._tunnels.get(index)
-        if tunnel is None or tunnel.state is not TunnelState.PROVEN or tunnel.underlay is None:
+        if tunnel is None or tunnel.state is not _PROVEN or tunnel.underlay is None:
             return None
         return tunnel

@@ -65,6 +65,7 @@ class GsoType(IntEnum):
     UDP = 5
 
 
+_NONE: Final = GsoType.NONE  # of an enum, a member takes two look-ups
 _KNOWN: Final = {int(kind): kind for kind in GsoType}
 
 
@@ -100,7 +101,7 @@ class VirtioHeader(NamedTuple):
         flags, kind, _, segment_bytes, start, offset = _LAYOUT.unpack(header)
         if kind == 0 and flags == _NEEDS_CSUM:  # nearly every packet of the local stack that is not super
             _check_checksum(start, offset, size)
-            return _new_tuple(cls, (GsoType.NONE, False, True, 0, 0, start, offset))  # as in wire.ip
+            return _new_tuple(cls, (_NONE, False, True, 0, 0, start, offset))  # as in wire.ip
         if flags & ~(_NEEDS_CSUM | _DATA_VALID):
             raise OffloadError(f"offload header: flags {flags:#x} are not known")
         gso = _KNOWN.get(kind & ~_ECN)

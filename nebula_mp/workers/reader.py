@@ -74,6 +74,7 @@ class _Half:
         self._fill = fill
         self._waiting = waiting
         self._drain = drain
+        self._ring = drain.ring
         self._areas = drain.ring.geometry.areas
         self._bell = writer_bell
         self._stats = stats
@@ -82,7 +83,7 @@ class _Half:
 
     def work(self, budget: int, *, drains: bool) -> None:
         """One pass. Raises OSError, RingError."""
-        ring = self._drain.ring
+        ring = self._ring
         if drains and ring.try_take():
             if ring.pending():  # seldom
                 self._drain.drain(self._areas)
