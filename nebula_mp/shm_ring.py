@@ -500,12 +500,12 @@ class Consumer(_End):
         assert self._head > tail, "pending first"
         entries = self._copy_entries(tail)
         data, goes_on = self._data[tail % self._areas], self._goes_on
-        first = self._begun(tail, entries) if goes_on else 0
-        for number in range(first, len(entries)):
-            entry = entries[number]
+        number = self._begun(tail, entries) if goes_on else 0
+        for entry in entries[number:] if number else entries:
             offset, length, _, _ = entry
             if goes_on:
-                self._state_words[PROGRESS] = tail << _PROGRESS_BITS | number + 1
+                number += 1
+                self._state_words[PROGRESS] = tail << _PROGRESS_BITS | number
             yield entry, data[offset : offset + length]
         self._returned = tail
 
@@ -515,14 +515,16 @@ class Consumer(_End):
         assert self._returned == tail, "a system call on this area has not returned"
         if self._lease is not None:
             self._lease.check()
-        self._check_number(tail)
+        if self._words[self._firsts[tail % self._areas] + _NUMBER] != tail:
+            self._check_number(tail)  # called only to raise
         self._state_words[TAIL] = self._tail = tail + 1
 
     def _copy_entries(self, tail: int) -> list[Entry]:
         """The area's table, copied once and checked. Raises RingError."""
-        self._check_number(tail)
-        base = self._firsts[tail % self._areas]
-        count = self._words[base + _COUNT]
+        words, base = self._words, self._firsts[tail % self._areas]
+        if words[base + _NUMBER] != tail:
+            self._check_number(tail)  # called only to raise
+        count = words[base + _COUNT]
         if not 0 < count <= self._entries_max:
             raise self._bad("entries", count, f"1..{self._entries_max}")
         at = 8 * base + AREA_HEADER_BYTES
@@ -534,9 +536,9 @@ class Consumer(_End):
     def _checked(self, fields: tuple[int, int, int, int]) -> Entry:
         offset, length, segment, row = fields
         room = self._room - offset
-        if room <= 0:
-            raise self._bad("offset", offset, f"below {self._room}")
         if not 0 < length <= room:
+            if room <= 0:
+                raise self._bad("offset", offset, f"below {self._room}")
             raise self._bad("length", length, f"1..{room} at {offset}")
         if self._segments and not self._least <= segment <= length:
             raise self._bad("segment", segment, f"{self._least}..{length}")
@@ -547,10 +549,13 @@ class Consumer(_End):
     def _begun(self, tail: int, entries: list[Entry]) -> int:
         """How many of these entries a predecessor began. Raises RingError."""
         progress = self._state_words[PROGRESS]
-        number, begun = progress >> _PROGRESS_BITS, progress & _PROGRESS_MASK
-        if number > tail or (number == tail and begun > len(entries)):
+        number = progress >> _PROGRESS_BITS
+        if number < tail:
+            return 0
+        begun = progress & _PROGRESS_MASK
+        if number > tail or begun > len(entries):
             raise self._state.contradiction("progress", (number, begun), f"at most {(tail, len(entries))}")
-        if number < tail or begun == 0:
+        if begun == 0:
             return 0
         self.resumed += entries[begun - 1].segment if self._segments else 1
         return begun

@@ -45,6 +45,7 @@ it, and has it back a few time slices later: with 15 tasks on 2 cores a millisec
 _PACKET_BYTES_MAX: Final = PACKET_BYTES_MAX + IPV6_HEADER_BYTES
 _ARENA_BYTES: Final = 4 * _PACKET_BYTES_MAX
 _new_tuple = tuple.__new__
+_TWICE: Final = range(2)
 _NO_GSO: Final = GsoType.NONE  # of an enum, a member takes two look-ups
 _PROVEN: Final = TunnelState.PROVEN
 _PACKETS: Final = SLOTS["mp.tun.rx.packets"]
@@ -244,21 +245,22 @@ class PythonSealer:
 
     def _seal_runs(self, now: Seconds, *, leave: int = 0) -> None:
         """Seal the oldest runs until one must be held, or so many are left."""
-        while len(self._runs) > leave:
-            if not self._try_seal(self._runs[0], now):
+        runs = self._runs
+        while len(runs) > leave:
+            if not self._try_seal(runs[0], now):
                 return
             self._held_since = None
-            self._runs.popleft()
-        if not self._runs:
+            runs.popleft()
+        if not runs:
             self._growing = None
             self._at = 0
 
     def _try_seal(self, run: Run, now: Seconds) -> bool:
         """Seal a run, or see to it that it goes elsewhere; False when it is to be held back."""
-        count, filler = run.count, self._filler
+        count, filler, counters = run.count, self._filler, self._counters
         held = 0.0 if self._held_since is None else now - self._held_since
         # Again when the tunnel ended in between: its successor may be there already.
-        for _ in range(2):
+        for _ in _TWICE:
             tunnel = self._tunnel(run.peer)
             if tunnel is None:
                 break
@@ -266,7 +268,6 @@ class PythonSealer:
                 self._drops.count(Drop.SEAL_RING_FULL, count)
                 return True
             row, generation = tunnel.local_index & 0xFFFF, tunnel.generation
-            counters = self._counters
             beyond = counters.beyond_span
             first = counters.reserve(row, generation, count, self._area(), regardless=held >= HOLD)
             if counters.beyond_span != beyond:
