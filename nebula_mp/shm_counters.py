@@ -335,15 +335,14 @@ class Traffic:
 
     def received(self, row: int, generation: int, packets: int, size_bytes: int, now_ms: int) -> None:
         """Count packets that were opened."""
-        self._add(self._cell(row, generation), packets, size_bytes, now_ms, _PACKETS_IN)
+        self._add(self._cell(row, generation) + _PACKETS_IN, packets, size_bytes, now_ms)
 
     def sent(self, row: int, generation: int, packets: int, size_bytes: int, now_ms: int) -> None:
         """Count packets that were sealed."""
-        self._add(self._cell(row, generation), packets, size_bytes, now_ms, _PACKETS_OUT)
+        self._add(self._cell(row, generation) + _PACKETS_OUT, packets, size_bytes, now_ms)
 
-    def _add(self, cell: int, packets: int, size_bytes: int, now_ms: int, first: int) -> None:
+    def _add(self, cell: int, packets: int, size_bytes: int, now_ms: int) -> None:
         words = self._words
-        cell += first
         words[cell] = words[cell] + packets & _U64
         words[cell + 1] = words[cell + 1] + size_bytes & _U64
         words[cell + 2] = now_ms

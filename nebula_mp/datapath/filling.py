@@ -152,7 +152,7 @@ class Upcalls:
             UpcallReason.DATAGRAM: _Buckets(limits.datagrams),
             UpcallReason.UNKNOWN_INDEX: _Buckets(limits.unknown),
         }
-        self._published = False
+        self._put_any = False
 
     def plain(self, reason: UpcallReason, packet: Buffer, now_ms: int) -> None:
         """Hand over a packet of the local stack's, or count why not."""
@@ -185,8 +185,9 @@ class Upcalls:
 
     def flush(self) -> None:
         """Publish, and wake control if anything was."""
-        if self._filler.flush() or self._published:
-            self._published = False
+        if self._put_any:
+            self._put_any = False
+            self._filler.flush()
             self._bell.ring()
 
     def _push(self, reason: UpcallReason, row: int, record: bytes, packet: Buffer) -> None:
@@ -202,7 +203,7 @@ class Upcalls:
     def _put(self, reason: UpcallReason, row: int, record: bytes, packet: Buffer) -> None:
         _put(self._filler, record, packet, reason, row)
         # Should `try_room` publish this area in the middle of a pass, control is still woken at its end.
-        self._published = True
+        self._put_any = True
 
 
 class Strangers:
@@ -231,10 +232,11 @@ class Strangers:
 
     def flush(self) -> None:
         """Publish, and wake the owners."""
-        for owner in self._touched:
-            self._fillers[owner].flush()
-            self._bells[owner].ring()
-        self._touched.clear()
+        if self._touched:
+            for owner in self._touched:
+                self._fillers[owner].flush()
+                self._bells[owner].ring()
+            self._touched.clear()
 
 
 def _put(filler: Filler, record: bytes, packet: Buffer, segment: int, row: int) -> None:

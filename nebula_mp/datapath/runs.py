@@ -119,12 +119,13 @@ class PlainRun:
 
     align: Final = 1
 
-    def __init__(self, peer: PeerRef) -> None:
+    def __init__(self, peer: PeerRef, first: memoryview) -> None:
+        """`first` is borrowed until it is sealed, as are all packets."""
         self.peer: Final = peer
-        self.count = 0
-        self.size_bytes = 0
+        self.count = 1
+        self.size_bytes = len(first) + OVERHEAD_BYTES
         """Once they are sealed."""
-        self._batches: list[list[memoryview]] = []
+        self._batches = [[first]]
 
     @property
     def entries(self) -> int:
@@ -132,16 +133,15 @@ class PlainRun:
         return len(self._batches)
 
     def append(self, packet: memoryview) -> None:
-        """Add a packet, borrowed until it is sealed."""
+        """Add a packet."""
         self.count += 1
         size = len(packet)
         self.size_bytes += size + OVERHEAD_BYTES
-        if self._batches:
-            batch = self._batches[-1]
-            if len(batch[-1]) == len(batch[0]) >= size:
-                batch.append(packet)
-                return
-        self._batches.append([packet])
+        batch = self._batches[-1]
+        if len(batch[-1]) == len(batch[0]) >= size:
+            batch.append(packet)
+        else:
+            self._batches.append([packet])
 
     def packets(self) -> Iterator[Buffer]:
         """Each packet by itself."""

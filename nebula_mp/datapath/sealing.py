@@ -219,9 +219,10 @@ class PythonSealer:
                 or run.size_bytes + size_bytes > room_bytes
                 or run.count == self._entries_max
             ):
-                run = self._growing = PlainRun(peer)
+                self._growing = run = PlainRun(peer, packet)
                 self._runs.append(run)
-            run.append(packet)
+            else:
+                run.append(packet)
             self._at += len(packet)
 
     def _take_superpacket(self, superpacket: Superpacket, now_ms: int) -> None:
