@@ -4,12 +4,10 @@ Prints microseconds of CPU from before the sleep to after the pass, the median o
 a busy machine disturbs least: a TCP acknowledgement read from the TUN queue, sealed and sent (`out`), or
 received, opened and written (`in`), with all offloads and the reader draining, as behind every superpacket of
 a bulk transfer. A socket pair stands in for the TUN queue. `calls` makes the same system calls and nothing
-else: 2.5 us of them are the delivery of the datagram through the loopback interface. Expected beside them: 2
-us for sealing or opening, and 10 us for 200 lines of Python.
+else. Beside them: 1 us to seal or open, and about 100 calls of Python functions, of which none takes 1 us.
 """
 
 import argparse
-import contextlib
 import cProfile
 import fcntl
 import os
@@ -110,20 +108,22 @@ class Calls:
         """Of a pass out."""
         self._begin(0)
         os.readv(self.tun, (self.header, self.room))
-        with contextlib.suppress(BlockingIOError):
-            os.readv(self.tun, (self.header, self.room))
+        self.poll.poll(0)
+        self._lock(2)
         self.udp.sendto(self.sealed, socket.MSG_DONTWAIT, self.far)
 
     def into(self) -> None:
         """Of a pass in."""
         self._begin(1)
         self.udp.recvmsg_into((self.room,), 24, socket.MSG_DONTWAIT)
-        with contextlib.suppress(BlockingIOError):
-            self.udp.recvmsg_into((self.room,), 24, socket.MSG_DONTWAIT)
+        self.poll.poll(0)
         os.write(self.tun, self.opened)
 
     def _begin(self, lock: int) -> None:
         self.poll.poll(500)
+        self._lock(lock)
+
+    def _lock(self, lock: int) -> None:
         fcntl.lockf(self.locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, lock)
         fcntl.lockf(self.locks, fcntl.LOCK_UN, 1, lock)
 
