@@ -335,28 +335,31 @@ class Traffic:
 
     def received(self, row: int, generation: int, packets: int, size_bytes: int, now_ms: int) -> None:
         """Count packets that were opened."""
-        self._add(self._cell(row, generation) + _PACKETS_IN, packets, size_bytes, now_ms)
+        self._add(row, generation, packets, size_bytes, now_ms, first=_PACKETS_IN)
 
     def sent(self, row: int, generation: int, packets: int, size_bytes: int, now_ms: int) -> None:
         """Count packets that were sealed."""
-        self._add(self._cell(row, generation) + _PACKETS_OUT, packets, size_bytes, now_ms)
+        self._add(row, generation, packets, size_bytes, now_ms, first=_PACKETS_OUT)
 
-    def _add(self, cell: int, packets: int, size_bytes: int, now_ms: int) -> None:
-        words = self._words
-        words[cell] = words[cell] + packets & _U64
-        words[cell + 1] = words[cell + 1] + size_bytes & _U64
-        words[cell + 2] = now_ms
-
-    def _cell(self, row: int, generation: int) -> int:
+    def _add(
+        self, row: int, generation: int, packets: int, size_bytes: int, now_ms: int, *, first: int
+    ) -> None:
         assert 0 <= row < self._rows
         words = self._words
         cell = ROWS_AT_WORD + row * _TRAFFIC_WORDS
         if words[cell + _TRAFFIC_GENERATION] != generation:
-            words[cell + _TRAFFIC_GENERATION] = 0  # nobody sums a cell that is half cleared
-            for word in range(cell + _TRAFFIC_GENERATION + 1, cell + _TRAFFIC_WORDS):
-                words[word] = 0
-            words[cell + _TRAFFIC_GENERATION] = generation
-        return cell
+            self._begin(cell, generation)
+        cell += first
+        words[cell] = words[cell] + packets & _U64
+        words[cell + 1] = words[cell + 1] + size_bytes & _U64
+        words[cell + 2] = now_ms
+
+    def _begin(self, cell: int, generation: int) -> None:
+        words = self._words
+        words[cell + _TRAFFIC_GENERATION] = 0  # nobody sums a cell that is half cleared
+        for word in range(cell + _TRAFFIC_GENERATION + 1, cell + _TRAFFIC_WORDS):
+            words[word] = 0
+        words[cell + _TRAFFIC_GENERATION] = generation
 
 
 class TrafficTotals:

@@ -309,7 +309,8 @@ class Producer(_End):
         """
         if self._words[GENERATION] != self._generation:
             self._memory.check_generation()  # called only to raise: every pass comes here
-        if self.waiting() == self._areas:
+        self._check_tail(self._tail_words[TAIL])
+        if self._head - self._tail == self._areas:
             return False
         number = self._head % self._areas
         self._count = 0
@@ -357,10 +358,8 @@ class Producer(_End):
 
         Raises RingError when tail is impossible.
         """
-        tail = self._tail_words[TAIL]
-        if tail != self._tail:
-            self._check_tail(tail)
-        return self._head - tail
+        self._check_tail(self._tail_words[TAIL])
+        return self._head - self._tail
 
     def _check_tail(self, tail: int) -> None:
         """Take over the consumer's cursor. Raises RingError unless it lies between our last and head."""

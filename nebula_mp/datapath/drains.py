@@ -122,21 +122,18 @@ def borrow_socket(owner: object, descriptor: int) -> socket.socket:
 
 
 class _Room:
-    """Waits until a descriptor takes more; after one wait in vain no more until `renew`."""
+    """Waits until a descriptor takes more; after one wait in vain no more until `patient` is set again."""
 
     def __init__(self, descriptor: int, limit_ms: int) -> None:
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLOUT)
         self._limit_ms = limit_ms
-        self._patient = True
-
-    def renew(self) -> None:
-        self._patient = True
+        self.patient = True
 
     def wait(self) -> bool:
-        if self._patient:
-            self._patient = bool(self._poll.poll(self._limit_ms))
-        return self._patient
+        if self.patient:
+            self.patient = bool(self._poll.poll(self._limit_ms))
+        return self.patient
 
 
 class Trains:
@@ -208,7 +205,7 @@ class UdpDrain:
     def drain(self, budget: int) -> int:
         """As `Drain.drain`."""
         ring = self.ring
-        self._room.renew()
+        self._room.patient = True
         areas = 0
         while areas < budget and ring.pending():
             for (_, length, segment_bytes, row), data in ring.entries():
@@ -314,7 +311,7 @@ class TunDrain:
     def drain(self, budget: int) -> int:
         """As `Drain.drain`."""
         ring = self.ring
-        self._room.renew()
+        self._room.patient = True
         areas = 0
         while areas < budget and ring.pending():
             # Each entry is noted as begun before its turn comes, and so is never written twice.

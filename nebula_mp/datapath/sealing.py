@@ -91,6 +91,7 @@ class PythonSealer:
         self._queue = select.poll()
         self._queue.register(tun_fd, select.POLLIN)
         self._filler = filler
+        self._room_bytes = filler.room_bytes
         self._area = area
         self._places = Places(filler, area)
         self._tunnels = tunnels
@@ -206,7 +207,7 @@ class PythonSealer:
             return
         if header.needs_checksum:
             complete(header, packet)
-        size_bytes, room_bytes = len(packet) + OVERHEAD_BYTES, self._filler.room_bytes
+        size_bytes, room_bytes = len(packet) + OVERHEAD_BYTES, self._room_bytes
         if peer is None:
             self._upcalls.plain(UpcallReason.NEW_FLOW_OUT, packet, now_ms)
         elif size_bytes > room_bytes:
