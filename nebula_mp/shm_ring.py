@@ -499,7 +499,9 @@ class Consumer(_End):
         assert self._head > tail, "pending first"
         entries = self._copy_entries(tail)
         data, goes_on = self._data[tail % self._areas], self._goes_on
-        number = self._begun(tail, entries) if goes_on else 0
+        number = 0
+        if goes_on and (progress := self._state_words[PROGRESS]) >> _PROGRESS_BITS >= tail:
+            number = self._begun(progress, tail, entries)  # only a successor
         for entry in entries[number:] if number else entries:
             offset, length, _, _ = entry
             if goes_on:
@@ -514,15 +516,15 @@ class Consumer(_End):
         assert self._returned == tail, "a system call on this area has not returned"
         if self._lease is not None:
             self._lease.check()
-        if self._words[self._firsts[tail % self._areas] + _NUMBER] != tail:
-            self._check_number(tail)  # called only to raise
+        if (found := self._words[self._firsts[tail % self._areas] + _NUMBER]) != tail:
+            raise self._bad_number(found)
         self._state_words[TAIL] = self._tail = tail + 1
 
     def _copy_entries(self, tail: int) -> list[Entry]:
         """The area's table, copied once and checked. Raises RingError."""
         words, base = self._words, self._firsts[tail % self._areas]
-        if words[base + _NUMBER] != tail:
-            self._check_number(tail)  # called only to raise
+        if (found := words[base + _NUMBER]) != tail:
+            raise self._bad_number(found)
         count = words[base + _COUNT]
         if not 0 < count <= self._entries_max:
             raise self._bad("entries", count, f"1..{self._entries_max}")
@@ -545,13 +547,9 @@ class Consumer(_End):
             raise self._bad("row", row, f"below {self._rows}")
         return _new_tuple(Entry, fields)  # as in wire.ip
 
-    def _begun(self, tail: int, entries: list[Entry]) -> int:
-        """How many of these entries a predecessor began. Raises RingError."""
-        progress = self._state_words[PROGRESS]
-        number = progress >> _PROGRESS_BITS
-        if number < tail:
-            return 0
-        begun = progress & _PROGRESS_MASK
+    def _begun(self, progress: int, tail: int, entries: list[Entry]) -> int:
+        """How many of these entries a predecessor began; `progress` is not behind. Raises RingError."""
+        number, begun = divmod(progress, _PROGRESS_MASK + 1)
         if number > tail or begun > len(entries):
             raise self._state.contradiction("progress", (number, begun), f"at most {(tail, len(entries))}")
         if begun == 0:
@@ -559,10 +557,8 @@ class Consumer(_End):
         self.resumed += entries[begun - 1].segment if self._segments else 1
         return begun
 
-    def _check_number(self, tail: int) -> None:
-        found = self._words[self._firsts[tail % self._areas] + _NUMBER]
-        if found != tail:
-            raise self._bad("number", found, f"{tail}: it changed hands while it was ours")
+    def _bad_number(self, found: int) -> RingError:
+        return self._bad("number", found, f"{self._tail}: it changed hands while it was ours")
 
     def _bad(self, field: str, value: int, expected: str) -> RingError:
         return self._memory.contradiction(f"area {self._tail}: {field}", value, expected)

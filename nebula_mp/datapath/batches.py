@@ -73,6 +73,10 @@ class Batch:
             self._describe(size, size, cut=size == len(self._memory))
             return address  # type: ignore[no-any-return]  # typeshed: any kind of socket
         size, control, flags, address = source.recvmsg_into(self._buffers, _SPACE, _DONTWAIT)
+        if not control:  # a lone datagram, without a call
+            self.size_bytes = self.stride = self.last_bytes = size
+            self.count, self.is_cut = 1, flags & _TRUNC != 0
+            return address  # type: ignore[no-any-return]  # as above
         stride = size
         for level, kind, data in control:
             if level == _UDP and kind == UDP_GRO:

@@ -327,8 +327,10 @@ class TunDrain:
         cut = packets > 1 and self._refused >= REFUSALS_MAX
         fault = Drop.TUN_REFUSED if cut else self._try_write(data)
         if fault is None:
-            self._count(data, packets)
-            if packets > 1:
+            if packets == 1:
+                self._stats.add_traffic(_TUN_PACKETS, 1, len(data) - self._header_bytes)
+            else:
+                self._count(data, packets)
                 self._refused = 0
         elif fault is Drop.TUN_REFUSED and packets > 1:
             self._write_parts(data, packets)

@@ -301,12 +301,13 @@ class PythonOpener:
         size_bytes = len(datagram)
         size = size_bytes - OVERHEAD_BYTES
         is_packet = arrival.type is _MESSAGE
+        delivery = self._delivery
         out: memoryview | None
         if is_packet:
-            if not self._delivery.fits(size):
+            if not delivery.fits(size):
                 self._drops.count(Drop.OVERSIZE)
                 return
-            out = self._delivery.try_place(tunnel, arrival, size)
+            out = delivery.try_place(tunnel, arrival, size)
         else:
             out = self._message[:size]
         if out is None:
@@ -322,9 +323,9 @@ class PythonOpener:
         if is_packet and tunnel.state is _PROVEN:
             if self._has_moved(tunnel, arrival.source):
                 self._upcalls.moved(arrival, tunnel.local_index)
-            self._delivery.take(tunnel, arrival, size)
+            delivery.take(tunnel, arrival, size)
         else:
-            self._delivery.settle()  # what came earlier goes up earlier
+            delivery.settle()  # what came earlier goes up earlier
             reason = UpcallReason.MESSAGE if tunnel.state is TunnelState.PROVEN else UpcallReason.FIRST
             self._upcalls.opened(reason, arrival, tunnel.local_index, out)
 
