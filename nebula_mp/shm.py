@@ -59,6 +59,9 @@ _WORD = struct.Struct("<Q")
 _MFD_NOEXEC_SEAL = 8  # Linux 6.3; refused as unknown before, demanded by sysctl vm.memfd_noexec=2 since
 _ACCESS = {os.O_RDONLY: "read-only", os.O_WRONLY: "write-only", os.O_RDWR: "read-write"}
 _SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+_TRY_LOCK = fcntl.LOCK_EX | fcntl.LOCK_NB
+_UNLOCK = fcntl.LOCK_UN
+_lockf = fcntl.lockf
 _MLOCK_ONFAULT = 1  # lock a page when it is first used, so that locking costs no memory
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -328,7 +331,7 @@ class RecordLock:
     def try_take(self) -> bool:
         """Take the lock unless another process has it; never waits."""
         try:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, self._number)
+            _lockf(self._descriptor, _TRY_LOCK, 1, self._number)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 return False
@@ -337,7 +340,7 @@ class RecordLock:
 
     def drop(self) -> None:
         """Let others have it. A system call that takes a lock in the kernel: stores before it are visible."""
-        fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, self._number)
+        _lockf(self._descriptor, _UNLOCK, 1, self._number)
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:

@@ -175,12 +175,8 @@ class SendCounters:
         when it is sent at once. `regardless` of the span: after 1 ms of refusals for that reason.
         """
         assert count > 0
-        lock = self._lock(row)
-        for _ in range(_TRIES):
-            if lock.try_take():
-                break
-            os.sched_yield()
-        else:
+        lock = self._locks.get(row) or self._make_lock(row)
+        if not lock.try_take() and not _try_again(lock):
             return Refusal.BUSY
         try:
             words = self._words
@@ -206,7 +202,8 @@ class SendCounters:
             words[word + _COUNTER] = last + count
         finally:
             lock.drop()
-        return Counter(last + 1)
+        first: Counter = last + 1  # type: ignore[assignment]  # as in shm_peers
+        return first
 
     def may_take(self, row: int, generation: int, count: int) -> bool:
         """Whether `reserve` would not refuse a batch of this size for its span: a guess, without the lock."""
@@ -222,11 +219,9 @@ class SendCounters:
         counter = Counter(self._words[word + _COUNTER])
         return counter if self._words[word + _SEND_GENERATION] == generation else None
 
-    def _lock(self, row: int) -> RecordLock:
-        lock = self._locks.get(row)
-        if lock is None:
-            assert 0 <= row < self._rows
-            lock = self._locks[row] = self._file.lock(row)
+    def _make_lock(self, row: int) -> RecordLock:
+        assert 0 <= row < self._rows
+        lock = self._locks[row] = self._file.lock(row)
         return lock
 
     def _is_beyond(self, row: int, generation: int, end: int, others: int) -> bool:
@@ -283,6 +278,14 @@ class SendCounters:
             cells[cell + _UNTIL] = min(cells[cell + _UNTIL], published)
 
 
+def _try_again(lock: RecordLock) -> bool:
+    for _ in range(_TRIES - 1):
+        os.sched_yield()
+        if lock.try_take():
+            return True
+    return False
+
+
 class ReceiveWindows:
     """The replay windows, for the reader that owns the tunnels it asks for."""
 
@@ -332,29 +335,31 @@ class Traffic:
 
     def received(self, row: int, generation: int, packets: int, size_bytes: int, now_ms: int) -> None:
         """Count packets that were opened."""
-        self._add(self._cell(row, generation), packets, size_bytes, now_ms, _PACKETS_IN)
+        self._add(row, generation, packets, size_bytes, now_ms, first=_PACKETS_IN)
 
     def sent(self, row: int, generation: int, packets: int, size_bytes: int, now_ms: int) -> None:
         """Count packets that were sealed."""
-        self._add(self._cell(row, generation), packets, size_bytes, now_ms, _PACKETS_OUT)
+        self._add(row, generation, packets, size_bytes, now_ms, first=_PACKETS_OUT)
 
-    def _add(self, cell: int, packets: int, size_bytes: int, now_ms: int, first: int) -> None:
+    def _add(
+        self, row: int, generation: int, packets: int, size_bytes: int, now_ms: int, *, first: int
+    ) -> None:
+        assert 0 <= row < self._rows
         words = self._words
+        cell = ROWS_AT_WORD + row * _TRAFFIC_WORDS
+        if words[cell + _TRAFFIC_GENERATION] != generation:
+            self._begin(cell, generation)
         cell += first
         words[cell] = words[cell] + packets & _U64
         words[cell + 1] = words[cell + 1] + size_bytes & _U64
         words[cell + 2] = now_ms
 
-    def _cell(self, row: int, generation: int) -> int:
-        assert 0 <= row < self._rows
+    def _begin(self, cell: int, generation: int) -> None:
         words = self._words
-        cell = ROWS_AT_WORD + row * _TRAFFIC_WORDS
-        if words[cell + _TRAFFIC_GENERATION] != generation:
-            words[cell + _TRAFFIC_GENERATION] = 0  # nobody sums a cell that is half cleared
-            for word in range(cell + _TRAFFIC_GENERATION + 1, cell + _TRAFFIC_WORDS):
-                words[word] = 0
-            words[cell + _TRAFFIC_GENERATION] = generation
-        return cell
+        words[cell + _TRAFFIC_GENERATION] = 0  # nobody sums a cell that is half cleared
+        for word in range(cell + _TRAFFIC_GENERATION + 1, cell + _TRAFFIC_WORDS):
+            words[word] = 0
+        words[cell + _TRAFFIC_GENERATION] = generation
 
 
 class TrafficTotals:

@@ -77,4 +77,7 @@ class PeerView:
         if row >= self._rows:
             return None
         word = self._words[ROWS_AT_WORD + row]
-        return TunnelIndex(word & _U32) if word >> 32 == peer >> 32 and word & _U32 else None
+        if word >> 32 != peer >> 32:
+            return None
+        index: TunnelIndex = word & _U32  # type: ignore[assignment]  # to call the NewType costs as much again
+        return index or None

@@ -67,6 +67,7 @@ _UNDERLAY_WORD = struct.Struct("<4sHBx")  # IPv4, port, family
 _REST = struct.Struct("<16sBBHBB2x48s16x")  # IPv6, state, cipher, owner, number of sources, families, sources
 _U64 = struct.Struct("<Q")
 _INDEXES_AT: Final = TUNNEL_ROW.fields["local_index"].offset
+_INDEX_HALF: Final = _INDEXES_AT // 4
 _REST_AT: Final = TUNNEL_ROW.fields["ipv6"].offset
 
 assert _INDEXES_AT + _INDEXES.size == TUNNEL_ROW.fields["generation"].offset
@@ -297,12 +298,14 @@ class TunnelView(Generic[_T]):
             return None
         word = ROWS_AT_WORD + row * _WORDS
         snapshot = self._snapshots.get(row)
-        if snapshot is None and self._indexes[word * 2 + _INDEXES_AT // 4] != index:
+        if snapshot is None and self._indexes[word * 2 + _INDEX_HALF] != index:
             return None  # a flood of made-up indexes costs no more than this
         sequence = self._words[word]
         if snapshot is None or snapshot.sequence != sequence:
             snapshot = self._refresh(row, snapshot, sequence)
-        return snapshot if snapshot is not None and snapshot.local_index == index else None
+            if snapshot is None:
+                return None
+        return snapshot if snapshot.local_index == index else None
 
     def sweep(self) -> int:
         """Drop the snapshots, and with them the keys, of rows that have changed; gives how many.

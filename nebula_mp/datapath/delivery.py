@@ -159,38 +159,42 @@ class Delivery:
 
     def settle(self) -> None:
         """Judge and describe what is held; before the filler is used or flushed."""
-        held, tunnel, arrival = self._held, self._tunnel, self._arrival
+        held = self._held
         if not held:
             return
+        tunnel, arrival = self._tunnel, self._arrival
         assert tunnel is not None
         assert arrival is not None
+        filler, step = self._filler, self._step
+        at, count = filler.at, len(held)
+        if count == 1:  # without a copy of the list
+            self._publish_at(tunnel, arrival, at, held.pop())
+            return
         sizes = held.copy()
         held.clear()
-        filler, step = self._filler, self._step
-        at, count = filler.at, len(sizes)
-        if count > 1:
-            extent = self.head_bytes + (count - 1) * step + sizes[-1]
-            lying = filler.data[at + self.head_bytes : at + extent]
-            parts = coalesce(lying, step, sizes, self.kinds)
-            if len(parts) < count:
-                self._copies[: len(lying)] = lying
-                self._publish(tunnel, arrival, parts, step, sizes)
-                return
+        extent = self.head_bytes + (count - 1) * step + sizes[-1]
+        lying = filler.data[at + self.head_bytes : at + extent]
+        parts = coalesce(lying, step, sizes, self.kinds)
+        if len(parts) < count:
+            self._copies[: len(lying)] = lying
+            self._publish(tunnel, arrival, parts, step, sizes)
+            return
         for number, size in enumerate(sizes):
             self._publish_at(tunnel, arrival, at + number * step, size)
 
     def _publish_at(self, tunnel: TunnelRow[Ciphers], arrival: Arrival, at: int, size: int) -> None:
         """Describe a packet that lies where it is to stay, if it may pass."""
         filler = self._filler
-        begin = at + self.head_bytes
-        packet = filler.data[begin : begin + size]
+        data, begin = filler.data, at + self.head_bytes
+        end = begin + size
+        packet = data[begin:end]
         why = self._judge(tunnel, packet, arrival.at_ms)
         if why is not None:
             self._refuse(why, tunnel, arrival, packet)
             return
-        filler.data[at:begin] = self._head
+        data[at:begin] = self._head
         filler.at = at
-        filler.describe(self.head_bytes + size, 1, tunnel.local_index & 0xFFFF)
+        filler.describe(end - at, 1, tunnel.local_index & 0xFFFF)
 
     # A whole run.
 
@@ -333,7 +337,8 @@ class Delivery:
             flow = parse_flow(packet, inbound=True)
         except WireError:
             return Drop.INNER_IP
-        if tunnel.sources is not None and flow.remote not in tunnel.sources:
+        sources = tunnel.sources
+        if sources is not None and flow.remote not in sources:
             return Drop.SOURCE_ADDR
         allowed = self._flows.inbound(flow, tunnel.peer, at_ms)
         if allowed:

@@ -47,7 +47,7 @@ from nebula_mp.datapath.virtio import (
     VirtioHeader,
     encoded_header_bytes,
 )
-from nebula_mp.newtypes import Buffer
+from nebula_mp.newtypes import Buffer, UdpAddr
 from nebula_mp.shm_ring import Consumer
 from nebula_mp.shm_stats import SLOTS, StatsPage
 from nebula_mp.shm_tunnels import UnderlayView
@@ -85,6 +85,7 @@ time: paths and the addresses of peers change, and nothing tells us.
 
 _NARROW_MAX: Final = 4096
 _UDP_SEGMENT: Final = 103
+_DONTWAIT: Final = int(socket.MSG_DONTWAIT)
 _U16: Final = struct.Struct("=H")
 
 _TOO_LARGE: Final = frozenset({errno.EMSGSIZE, errno.EINVAL})
@@ -105,11 +106,9 @@ _UDP_FAULTS: Final = {
 _NO_MEMORY: Final = frozenset({errno.ENOBUFS, errno.ENOMEM})
 
 _TUN_PACKETS: Final = SLOTS["mp.tun.tx.packets"]
-_TUN_BYTES: Final = SLOTS["mp.tun.tx.bytes"]
 _TUN_AGAIN: Final = SLOTS["mp.tun.again"]
 _TUN_SPLIT: Final = SLOTS["mp.tun.split"]
 _UDP_PACKETS: Final = SLOTS["mp.udp.tx.packets"]
-_UDP_BYTES: Final = SLOTS["mp.udp.tx.bytes"]
 _UDP_TRAINS_OFF: Final = SLOTS["mp.udp.gso_off"]
 _ICMP_SEEN: Final = SLOTS["mp.rx.icmp"]
 _RESUMED: Final = SLOTS["mp.ring.resumed"]
@@ -123,21 +122,18 @@ def borrow_socket(owner: object, descriptor: int) -> socket.socket:
 
 
 class _Room:
-    """Waits until a descriptor takes more; after one wait in vain no more until `renew`."""
+    """Waits until a descriptor takes more; after one wait in vain no more until `patient` is set again."""
 
     def __init__(self, descriptor: int, limit_ms: int) -> None:
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLOUT)
         self._limit_ms = limit_ms
-        self._patient = True
-
-    def renew(self) -> None:
-        self._patient = True
+        self.patient = True
 
     def wait(self) -> bool:
-        if self._patient:
-            self._patient = bool(self._poll.poll(self._limit_ms))
-        return self._patient
+        if self.patient:
+            self.patient = bool(self._poll.poll(self._limit_ms))
+        return self.patient
 
 
 class Trains:
@@ -158,7 +154,7 @@ class Trains:
         """
         if not self._on:
             return step
-        narrow = self._narrow.get(target)
+        narrow = self._narrow.get(target) if self._narrow else None
         if narrow is not None and step >= narrow[0]:
             if narrow[1] > 0:
                 self._narrow[target] = (narrow[0], narrow[1] - 1)
@@ -186,6 +182,10 @@ class Trains:
         return not self._on
 
 
+# The address of a tunnel as it was last seen, how the kernel spells it, and TRAIN_BYTES_*.
+_Way = tuple[UdpAddr | None, SockAddr | None, int]
+
+
 class UdpDrain:
     """A `datapath.api.Drain` of a seal ring."""
 
@@ -196,6 +196,7 @@ class UdpDrain:
         self._socket = borrow_socket(self, udp_fd)
         self._targets = Targets(dual=self._socket.family == socket.AF_INET6)
         self._room = _Room(udp_fd, UDP_WAIT_MS)
+        self._ways: dict[int, _Way] = {}
         self._trains = Trains(on=offloads.udp_segment)
         self._underlay = underlay
         self._stats = stats
@@ -203,24 +204,35 @@ class UdpDrain:
 
     def drain(self, budget: int) -> int:
         """As `Drain.drain`."""
-        self._room.renew()
+        ring = self.ring
+        self._room.patient = True
         areas = 0
-        while areas < budget and self.ring.pending():
-            for entry, data in self.ring.entries():
+        while areas < budget and ring.pending():
+            for (_, length, segment_bytes, row), data in ring.entries():
                 # Asked when it is sent, so that a peer that moved meanwhile gets it at its new address.
-                address = self._underlay.get(entry.row)
-                target = None if address is None else self._targets.get(address)
-                step = entry.segment or entry.length
-                if address is None or target is None:
-                    self._drops.count(Drop.UDP_UNREACHABLE, -(-entry.length // step))
-                elif step == entry.length:
+                address = self._underlay.get(row)
+                # The view gives the same object until the address changes: to compare is to hash in Python.
+                known = self._ways.get(row)
+                if known is None or known[0] is not address:
+                    known = self._find_way(row, address)
+                _, target, limit = known
+                step = segment_bytes or length
+                if target is None:
+                    self._drops.count(Drop.UDP_UNREACHABLE, -(-length // step))
+                elif step == length:
                     self._send(data, target)
                 else:
-                    limit = TRAIN_BYTES_IPV4 if address.ip.version == 4 else TRAIN_BYTES_IPV6
                     self._send_many(data, step, target, limit)
-            self.ring.release()
+            ring.release()
             areas += 1
         return areas
+
+    def _find_way(self, row: int, address: UdpAddr | None) -> _Way:
+        """Where and in what trains the datagrams of a tunnel go; a ring names as many rows as there are."""
+        target = None if address is None else self._targets.get(address)
+        is_ipv4 = address is not None and address.ip.version == 4
+        found = self._ways[row] = address, target, TRAIN_BYTES_IPV4 if is_ipv4 else TRAIN_BYTES_IPV6
+        return found
 
     def _send_many(self, data: memoryview, step: int, target: SockAddr, limit: int) -> None:
         room = self._trains.room(step, target, limit)
@@ -249,13 +261,15 @@ class UdpDrain:
 
     def _send(self, datagram: memoryview, target: SockAddr) -> bool:
         number = self._call(datagram, target, None)
+        if number == 0:
+            self._stats.add_traffic(_UDP_PACKETS, 1, len(datagram))
+            return True
         self._count(number, len(datagram), 1)
-        return number == 0
+        return False
 
     def _count(self, number: int, size_bytes: int, datagrams: int) -> None:
         if number == 0:
-            self._stats.add(_UDP_PACKETS, datagrams)
-            self._stats.add(_UDP_BYTES, size_bytes)
+            self._stats.add_traffic(_UDP_PACKETS, datagrams, size_bytes)
         else:
             self._drops.count(_UDP_FAULTS.get(number, Drop.UDP_OTHER), datagrams)
 
@@ -264,9 +278,9 @@ class UdpDrain:
         for last in (False, True):
             try:
                 if control is None:
-                    self._socket.sendto(data, socket.MSG_DONTWAIT, target)
+                    self._socket.sendto(data, _DONTWAIT, target)
                 else:
-                    self._socket.sendmsg((data,), control, socket.MSG_DONTWAIT, target)
+                    self._socket.sendmsg((data,), control, _DONTWAIT, target)
             except BlockingIOError:
                 if last or not self._room.wait():
                     break
@@ -296,14 +310,16 @@ class TunDrain:
 
     def drain(self, budget: int) -> int:
         """As `Drain.drain`."""
-        self._room.renew()
+        ring = self.ring
+        self._room.patient = True
         areas = 0
-        while areas < budget and self.ring.pending():
+        while areas < budget and ring.pending():
             # Each entry is noted as begun before its turn comes, and so is never written twice.
-            for entry, data in self.ring.entries():
-                self._write(data, entry.segment)
-            self._count_resumed()
-            self.ring.release()
+            for (_, _, packets, _), data in ring.entries():
+                self._write(data, packets)
+            if ring.resumed != self._resumed:
+                self._count_resumed()
+            ring.release()
             areas += 1
         return areas
 
@@ -311,8 +327,10 @@ class TunDrain:
         cut = packets > 1 and self._refused >= REFUSALS_MAX
         fault = Drop.TUN_REFUSED if cut else self._try_write(data)
         if fault is None:
-            self._count(data, packets)
-            if packets > 1:
+            if packets == 1:
+                self._stats.add_traffic(_TUN_PACKETS, 1, len(data) - self._header_bytes)
+            else:
+                self._count(data, packets)
                 self._refused = 0
         elif fault is Drop.TUN_REFUSED and packets > 1:
             self._write_parts(data, packets)
@@ -344,21 +362,16 @@ class TunDrain:
             self._refused += self._refused < REFUSALS_MAX
 
     def _count(self, data: memoryview, packets: int) -> None:
-        self._stats.add(_TUN_PACKETS, packets)
-        self._stats.add(_TUN_BYTES, self._packet_bytes(data, packets))
-
-    def _packet_bytes(self, data: memoryview, packets: int) -> int:
-        """Bytes of what was written, as if each of its packets had gone alone, with headers of its own."""
-        size = len(data) - self._header_bytes
+        """Count what was written, as if each of its packets had gone alone, with headers of its own."""
+        size_bytes = len(data) - self._header_bytes
         if packets > 1 and self._header_bytes:
-            size += (packets - 1) * encoded_header_bytes(data)
-        return size
+            size_bytes += (packets - 1) * encoded_header_bytes(data)
+        self._stats.add_traffic(_TUN_PACKETS, packets, size_bytes)
 
     def _count_resumed(self) -> None:
         """Count the packets that a predecessor had begun: whether they were written nobody knows."""
-        if self.ring.resumed != self._resumed:
-            self._stats.add(_RESUMED, self.ring.resumed - self._resumed)
-            self._resumed = self.ring.resumed
+        self._stats.add(_RESUMED, self.ring.resumed - self._resumed)
+        self._resumed = self.ring.resumed
 
     def _try_write(self, packet: Buffer) -> Drop | None:
         """Why it was not written. Raises OSError when the device is lost."""

@@ -27,6 +27,7 @@ DROP_SLOTS: Final = {reason: SLOTS[reason.value] for reason in Drop}
 _UPCALLS: Final = SLOTS["mp.upcalls"]
 _STRANGERS: Final = SLOTS["mp.strangers"]
 _BUCKETS_MAX: Final = 4096
+_NOWHERE: Final = memoryview(b"")
 
 
 class Drops:
@@ -54,12 +55,9 @@ class Filler:
         self.entries_max: Final = producer.geometry.entries_max
         self.at = 0
         """Where the next bytes of the area belong."""
-        self._entries = -1  # -1: no area is being filled
-
-    @property
-    def data(self) -> memoryview:
+        self.data = _NOWHERE
         """The area being filled; borrowed until the next call of anything but `describe`."""
-        return self._producer.data
+        self._entries = -1  # -1: no area is being filled
 
     def fits(self, size_bytes: int, entries: int = 1) -> bool:
         """Whether so much fits the area being filled, beside what is described there."""
@@ -76,14 +74,16 @@ class Filler:
         """
         assert size_bytes <= self.room_bytes
         assert entries <= self.entries_max
-        gap = -self.at % align
-        if self.fits(gap + size_bytes, entries):
-            self.at += gap
-            return True
-        self.flush()
+        if self._entries >= 0:
+            gap = -self.at % align
+            if self.fits(gap + size_bytes, entries):
+                self.at += gap
+                return True
+            self.flush()
         if self._entries < 0:
             if not self._producer.try_begin():
                 return False
+            self.data = self._producer.data
             self._entries = 0
             self.at = 0
         return True
@@ -100,6 +100,7 @@ class Filler:
         if self._entries <= 0:
             return False
         self._producer.publish()
+        self.data = _NOWHERE
         self._entries = -1
         return True
 
@@ -151,7 +152,7 @@ class Upcalls:
             UpcallReason.DATAGRAM: _Buckets(limits.datagrams),
             UpcallReason.UNKNOWN_INDEX: _Buckets(limits.unknown),
         }
-        self._published = False
+        self._put_any = False
 
     def plain(self, reason: UpcallReason, packet: Buffer, now_ms: int) -> None:
         """Hand over a packet of the local stack's, or count why not."""
@@ -184,8 +185,9 @@ class Upcalls:
 
     def flush(self) -> None:
         """Publish, and wake control if anything was."""
-        if self._filler.flush() or self._published:
-            self._published = False
+        if self._put_any:
+            self._put_any = False
+            self._filler.flush()
             self._bell.ring()
 
     def _push(self, reason: UpcallReason, row: int, record: bytes, packet: Buffer) -> None:
@@ -201,7 +203,7 @@ class Upcalls:
     def _put(self, reason: UpcallReason, row: int, record: bytes, packet: Buffer) -> None:
         _put(self._filler, record, packet, reason, row)
         # Should `try_room` publish this area in the middle of a pass, control is still woken at its end.
-        self._published = True
+        self._put_any = True
 
 
 class Strangers:
@@ -230,10 +232,11 @@ class Strangers:
 
     def flush(self) -> None:
         """Publish, and wake the owners."""
-        for owner in self._touched:
-            self._fillers[owner].flush()
-            self._bells[owner].ring()
-        self._touched.clear()
+        if self._touched:
+            for owner in self._touched:
+                self._fillers[owner].flush()
+                self._bells[owner].ring()
+            self._touched.clear()
 
 
 def _put(filler: Filler, record: bytes, packet: Buffer, segment: int, row: int) -> None:

@@ -16,6 +16,8 @@ whose counters follow each other are checked together, and opened where the payl
 Whatever is not as usual it leaves to `_handle`, having changed nothing.
 """
 
+import select
+import struct
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -45,15 +47,18 @@ from nebula_mp.wire.header import (
     MessageType,
 )
 
+_new_tuple = tuple.__new__
+_MESSAGE: Final = MessageType.MESSAGE  # of an enum, a member takes two look-ups
+_PROVEN: Final = TunnelState.PROVEN
 _PUNCH_BYTES_MAX: Final = 1
 _KINDS: Final = {
     (VERSION << 4 | kind, subtype): kind for kind, subtypes in SUBTYPES.items() for subtype in subtypes
 }
+_INDEX_AND_COUNTER: Final = struct.Struct("!4xIQ")
 _DATA: Final = bytes((VERSION << 4 | MessageType.MESSAGE, MESSAGE_IP))
 _COUNTERS: Final = 2**64
 _NOT_OURS: Final = (MessageType.HANDSHAKE, MessageType.RECV_ERROR)
 _PACKETS: Final = SLOTS["mp.udp.rx.packets"]
-_BYTES: Final = SLOTS["mp.udp.rx.bytes"]
 _ICMP_SEEN: Final = SLOTS["mp.rx.icmp"]
 
 
@@ -79,6 +84,8 @@ class PythonOpener:
         offloads: Offloads,
     ) -> None:
         self._socket = borrow_socket(self, udp_fd)
+        self._queue = select.poll()
+        self._queue.register(udp_fd, select.POLLIN)
         self._worker = worker
         self._filler = filler
         self._tunnels = tunnels
@@ -93,6 +100,8 @@ class PythonOpener:
         self._delivery = Delivery(filler, flows=flows, upcalls=upcalls, drops=self._drops, offloads=offloads)
         self._clock = clock
         self._batch = Batch(joined=offloads.udp_gro, room_bytes=DATAGRAM_BYTES_MAX + 1)
+        # By row: the source and the tunnel's address that were found to be equal.
+        self._at_home: dict[int, tuple[UdpAddr, UdpAddr]] = {}
         self._message = memoryview(bytearray(DATAGRAM_BYTES_MAX))
 
     def waiting(self) -> int:
@@ -102,11 +111,17 @@ class PythonOpener:
     def poll(self, budget: int) -> int:
         """As `Opener.poll`."""
         now_ms = int(self._clock() * 1000)
-        taken = self._poll_strangers(budget, now_ms)
+        taken = self._poll_strangers(budget, now_ms) if self._strangers_in else 0
         packets = size_bytes = 0
         batch = self._batch
         lost = None
+        asked = False
         while taken < budget:
+            if packets and not asked:
+                # Mostly nothing else waits: to ask costs a quarter of a call in vain, which raises.
+                asked = True
+                if not self._queue.poll(0):
+                    break
             try:
                 source = batch.receive(self._socket)
             except BlockingIOError:
@@ -128,8 +143,7 @@ class PythonOpener:
         self._upcalls.flush()
         self._strangers.flush()
         if packets:
-            self._stats.add(_PACKETS, packets)
-            self._stats.add(_BYTES, size_bytes)
+            self._stats.add_traffic(_PACKETS, packets, size_bytes)
         if lost is not None:
             raise lost
         return taken
@@ -152,7 +166,10 @@ class PythonOpener:
             self._drops.count(Drop.OVERSIZE, batch.count)
             return
         count = batch.count
-        if count == 1 or source is None or batch.stride > DATAGRAM_BYTES_MAX or not self._delivery.kinds:
+        if count == 1:
+            self._handle(batch.datagram(0), source, now_ms)
+            return
+        if source is None or batch.stride > DATAGRAM_BYTES_MAX or not self._delivery.kinds:
             for number in range(count):
                 self._handle(batch.datagram(number), source, now_ms)
             return
@@ -227,7 +244,7 @@ class PythonOpener:
         row = tunnel.local_index & 0xFFFF
         size_bytes = (joint.packets - 1) * batch.stride + joint.last + OVERHEAD_BYTES
         self._traffic.received(row, tunnel.generation, joint.packets, size_bytes, arrival.at_ms)
-        if arrival.source != tunnel.underlay:
+        if self._has_moved(tunnel, arrival.source):
             self._upcalls.moved(arrival, tunnel.local_index)
         delivery.publish_run(tunnel, arrival, joint)
         return joint.packets
@@ -241,9 +258,10 @@ class PythonOpener:
         if size < HEADER_BYTES and size > _PUNCH_BYTES_MAX:
             self._drops.count(Drop.SHORT)
             return
-        kind = None
+        kind, subtype = None, 0
         if size > _PUNCH_BYTES_MAX:
-            kind = _KINDS.get((datagram[0], datagram[1]))
+            subtype = datagram[1]
+            kind = _KINDS.get((datagram[0], subtype))
             if kind is None:
                 self._drops.count(Drop.TYPE if datagram[0] >> 4 == VERSION else Drop.VERSION)
                 return
@@ -253,11 +271,11 @@ class PythonOpener:
         if kind is None:
             self._hand_up(UpcallReason.DATAGRAM, Arrival(source, 0, 0, now_ms), datagram)
             return
-        arrival = Arrival(source, kind, datagram[1], now_ms)
-        if kind in _NOT_OURS or (kind == MessageType.MESSAGE and datagram[1] == MESSAGE_RELAY):
+        arrival = _new_tuple(Arrival, (source, kind, subtype, now_ms))  # as in wire.ip
+        if kind in _NOT_OURS or (subtype == MESSAGE_RELAY and kind is MessageType.MESSAGE):
             self._hand_up(UpcallReason.DATAGRAM, arrival, datagram)
             return
-        index = int.from_bytes(datagram[4:8], "big")
+        index, counter = _INDEX_AND_COUNTER.unpack_from(datagram)
         tunnel = self._tunnels.get(index)
         if tunnel is None:
             self._hand_up(UpcallReason.UNKNOWN_INDEX, arrival, datagram)
@@ -266,29 +284,32 @@ class PythonOpener:
         elif size < OVERHEAD_BYTES:
             self._drops.count(Drop.TRUNCATED)
         else:
-            self._open(tunnel, arrival, datagram)
+            self._open(tunnel, arrival, counter, datagram)
 
-    def _open(self, tunnel: TunnelRow[Ciphers], arrival: Arrival, datagram: memoryview) -> None:
+    def _open(self, tunnel: TunnelRow[Ciphers], arrival: Arrival, counter: int, datagram: memoryview) -> None:
         """Open a message of a tunnel that is ours."""
-        row = tunnel.local_index & 0xFFFF
-        window = self._windows.get(row, tunnel.generation)
+        row, generation = tunnel.local_index & 0xFFFF, tunnel.generation
+        window = self._windows.get(row, generation)
         if window is None:  # the row has a later tunnel, and this one ended
             self._drops.count(Drop.UNKNOWN_INDEX)
             return
-        counter = int.from_bytes(datagram[8:HEADER_BYTES], "big")
         try:
             window.check(counter)
         except ReplayError:
             self._drops.count(Drop.OLD if counter + WIDTH <= window.current else Drop.REPLAY)
             return
-        size = len(datagram) - OVERHEAD_BYTES
-        is_packet = arrival.type == MessageType.MESSAGE
-        out: memoryview | None = self._message[:size]
+        size_bytes = len(datagram)
+        size = size_bytes - OVERHEAD_BYTES
+        is_packet = arrival.type is _MESSAGE
+        delivery = self._delivery
+        out: memoryview | None
         if is_packet:
-            if not self._delivery.fits(size):
+            if not delivery.fits(size):
                 self._drops.count(Drop.OVERSIZE)
                 return
-            out = self._delivery.try_place(tunnel, arrival, size)
+            out = delivery.try_place(tunnel, arrival, size)
+        else:
+            out = self._message[:size]
         if out is None:
             self._drops.count(Drop.OPEN_RING_FULL)
             return
@@ -298,15 +319,29 @@ class PythonOpener:
             self._drops.count(Drop.AUTH)
             return
         window.update(counter)
-        self._traffic.received(row, tunnel.generation, 1, len(datagram), arrival.at_ms)
-        if is_packet and tunnel.state is TunnelState.PROVEN:
-            if arrival.source != tunnel.underlay:
+        self._traffic.received(row, generation, 1, size_bytes, arrival.at_ms)
+        if is_packet and tunnel.state is _PROVEN:
+            if self._has_moved(tunnel, arrival.source):
                 self._upcalls.moved(arrival, tunnel.local_index)
-            self._delivery.take(tunnel, arrival, size)
+            delivery.take(tunnel, arrival, size)
         else:
-            self._delivery.settle()  # what came earlier goes up earlier
+            delivery.settle()  # what came earlier goes up earlier
             reason = UpcallReason.MESSAGE if tunnel.state is TunnelState.PROVEN else UpcallReason.FIRST
             self._upcalls.opened(reason, arrival, tunnel.local_index, out)
+
+    def _has_moved(self, tunnel: TunnelRow[Ciphers], source: UdpAddr) -> bool:
+        """Whether a datagram came from another address than the tunnel's.
+
+        Both objects stay the same while neither changes: to compare two addresses takes two calls in Python.
+        """
+        row = tunnel.local_index & 0xFFFF
+        known = self._at_home.get(row)
+        if known is not None and known[0] is source and known[1] is tunnel.underlay:
+            return False
+        if tunnel.underlay is None or source != tunnel.underlay:
+            return True
+        self._at_home[row] = source, tunnel.underlay
+        return False
 
     def _hand_up(self, reason: UpcallReason, arrival: Arrival, datagram: memoryview) -> None:
         """Let control see a datagram as it came, behind what came earlier."""

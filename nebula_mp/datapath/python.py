@@ -53,6 +53,7 @@ class PythonReader:
         flows = FlowView(_attach(memory.flows, FLOWS), _attach(memory.seen, SEEN))
         traffic = Traffic(_attach(memory.traffic, TRAFFIC))
         seal_data = _attach(memory.seal_ring.data, DATA, "seal")
+        seal_words = seal_data.words
         seal = Producer(seal_data, _attach(memory.seal_ring.state, STATE, "seal"), poison=poison)
         states = [_attach(state, STATE, f"seal/{number}") for number, state in enumerate(memory.seal_states)]
         counters = SendCounters(
@@ -73,7 +74,7 @@ class PythonReader:
         self.sealer = PythonSealer(
             tun_fd,
             filler=Filler(seal),
-            area=lambda: seal_data.words[HEAD],
+            area=lambda: seal_words[HEAD],
             tunnels=self._tunnels,
             peers=PeerView(_attach(memory.peers, PEERS)),
             flows=flows,

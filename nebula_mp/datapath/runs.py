@@ -39,8 +39,8 @@ PACKETS_MAX: Final = SPAN_MAX // 2
 PLACES_MAX: Final = 8192
 """So many places are kept, with 0.6 KB each; 32 areas with packets of 1300 bytes have 1,700."""
 
-_HEADER: Final = struct.Struct("!BBHIQ")
-_FIRST_BYTES: Final = (VERSION << 4 | MessageType.MESSAGE, MESSAGE_IP, 0)
+_HEADER: Final = struct.Struct("!IIQ")
+_FIRST_WORD: Final = (VERSION << 4 | MessageType.MESSAGE) << 24 | MESSAGE_IP << 16
 _U64: Final = np.dtype(">u8")
 _COUNTER_AT: Final = 8
 
@@ -119,12 +119,13 @@ class PlainRun:
 
     align: Final = 1
 
-    def __init__(self, peer: PeerRef) -> None:
+    def __init__(self, peer: PeerRef, first: memoryview) -> None:
+        """`first` is borrowed until it is sealed, as are all packets."""
         self.peer: Final = peer
-        self.count = 0
-        self.size_bytes = 0
+        self.count = 1
+        self.size_bytes = len(first) + OVERHEAD_BYTES
         """Once they are sealed."""
-        self._batches: list[list[memoryview]] = []
+        self._batches = [[first]]
 
     @property
     def entries(self) -> int:
@@ -132,16 +133,15 @@ class PlainRun:
         return len(self._batches)
 
     def append(self, packet: memoryview) -> None:
-        """Add a packet, borrowed until it is sealed."""
+        """Add a packet."""
         self.count += 1
         size = len(packet)
         self.size_bytes += size + OVERHEAD_BYTES
-        if self._batches:
-            batch = self._batches[-1]
-            if len(batch[-1]) == len(batch[0]) >= size:
-                batch.append(packet)
-                return
-        self._batches.append([packet])
+        batch = self._batches[-1]
+        if len(batch[-1]) == len(batch[0]) >= size:
+            batch.append(packet)
+        else:
+            self._batches.append([packet])
 
     def packets(self) -> Iterator[Buffer]:
         """Each packet by itself."""
@@ -152,17 +152,18 @@ class PlainRun:
         """Seal them with the counters from `first` on, to where `filler.try_room` has made room."""
         del places  # as many as there are sizes: to find them would cost more than to make a view
         data, pack, seal_into = filler.data, _HEADER.pack, target.aead.seal_into
-        remote_index, counter = target.remote_index, first
+        _, remote_index, row = target
+        counter = first
         for batch in self._batches:
             start = end = filler.at
             for packet in batch:
-                header = pack(*_FIRST_BYTES, remote_index, counter)
-                begin, middle = end, end + HEADER_BYTES
+                header = pack(_FIRST_WORD, remote_index, counter)
+                middle = end + HEADER_BYTES
+                data[end:middle] = header
                 end = middle + len(packet) + TAG_BYTES
-                data[begin:middle] = header
                 seal_into(counter, header, packet, data[middle:end])
                 counter += 1
-            filler.describe(end - start, len(batch[0]) + OVERHEAD_BYTES, target.row)
+            filler.describe(end - start, len(batch[0]) + OVERHEAD_BYTES, row)
 
 
 class Superpacket:
@@ -242,4 +243,4 @@ Run: TypeAlias = PlainRun | SuperRun
 
 def _first_half(remote_index: int) -> int:
     """What stands in front of the counter."""
-    return int.from_bytes(_HEADER.pack(*_FIRST_BYTES, remote_index, 0)[:_COUNTER_AT], "big")
+    return _FIRST_WORD << 32 | remote_index

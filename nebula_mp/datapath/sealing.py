@@ -12,6 +12,7 @@ area becomes several runs.
 """
 
 import os
+import select
 from collections import deque
 from collections.abc import Callable
 from typing import Final, NamedTuple
@@ -25,7 +26,7 @@ from nebula_mp.datapath.segment import complete
 from nebula_mp.datapath.virtio import HEADER_BYTES as VIRTIO_BYTES
 from nebula_mp.datapath.virtio import PACKET_BYTES_MAX, PLAIN, GsoType, OffloadError, VirtioHeader
 from nebula_mp.errors import WireError
-from nebula_mp.newtypes import Cipher, Seconds
+from nebula_mp.newtypes import Buffer, Cipher, Seconds
 from nebula_mp.shm_counters import Refusal, SendCounters, Traffic
 from nebula_mp.shm_flows import REFUSED, FlowView
 from nebula_mp.shm_peers import PeerView
@@ -44,8 +45,11 @@ it, and has it back a few time slices later: with 15 tasks on 2 cores a millisec
 
 _PACKET_BYTES_MAX: Final = PACKET_BYTES_MAX + IPV6_HEADER_BYTES
 _ARENA_BYTES: Final = 4 * _PACKET_BYTES_MAX
+_new_tuple = tuple.__new__
+_TWICE: Final = range(2)
+_NO_GSO: Final = GsoType.NONE  # of an enum, a member takes two look-ups
+_PROVEN: Final = TunnelState.PROVEN
 _PACKETS: Final = SLOTS["mp.tun.rx.packets"]
-_BYTES: Final = SLOTS["mp.tun.rx.bytes"]
 _BEYOND: Final = SLOTS["mp.counter.span"]
 _BUSY: Final = SLOTS["mp.counter.busy"]
 
@@ -84,7 +88,10 @@ class PythonSealer:
     ) -> None:
         """`area` gives the number of the area being filled."""
         self._descriptor = tun_fd
+        self._queue = select.poll()
+        self._queue.register(tun_fd, select.POLLIN)
         self._filler = filler
+        self._room_bytes = filler.room_bytes
         self._area = area
         self._places = Places(filler, area)
         self._tunnels = tunnels
@@ -101,6 +108,8 @@ class PythonSealer:
         # Packets that were read lie here one behind the other until their run was sealed.
         self._arena = memoryview(bytearray(_ARENA_BYTES))
         self._at = 0
+        self._first_room = self._arena[:_PACKET_BYTES_MAX]
+        self._first_buffers = self._buffers(self._first_room)
         self._runs: deque[Run] = deque()
         self._growing: PlainRun | None = None  # the last run, if packets may still be added
         self._held_since: Seconds | None = None
@@ -120,8 +129,15 @@ class PythonSealer:
         now_ms = int(now * 1000)
         taken = size_bytes = 0
         lost = None
-        self._seal_runs(now)
+        if self._runs:
+            self._seal_runs(now)
+        asked = False
         while taken < budget and self._held_since is None:
+            if taken and not asked:
+                # Mostly nothing else waits: to ask costs a quarter of a read in vain, which raises.
+                asked = True
+                if not self._queue.poll(0):
+                    break
             if self._at + _PACKET_BYTES_MAX > _ARENA_BYTES:
                 self._seal_runs(now)
                 continue
@@ -139,23 +155,28 @@ class PythonSealer:
             leave = self._growing is not None
             if len(self._runs) > leave:
                 self._seal_runs(now, leave=leave)
-        if not self.is_holding:
+        if self._runs and self._held_since is None:
             self._seal_runs(now)
         self._filler.flush()
         self._upcalls.flush()
         if taken:
-            self._stats.add(_PACKETS, taken)
-            self._stats.add(_BYTES, size_bytes)
+            self._stats.add_traffic(_PACKETS, taken, size_bytes)
         if lost is not None:
             raise lost
         return taken
 
     def _read(self) -> memoryview | None:
         """Read a packet or superpacket into the arena, its header apart; None if it ends in the header."""
-        room = self._arena[self._at : self._at + _PACKET_BYTES_MAX]
-        header = self._header
-        size = os.readv(self._descriptor, [header, room] if header else [room]) - len(header)
+        if self._at == 0:  # mostly: made once
+            room, buffers = self._first_room, self._first_buffers
+        else:
+            room = self._arena[self._at : self._at + _PACKET_BYTES_MAX]
+            buffers = self._buffers(room)
+        size = os.readv(self._descriptor, buffers) - len(self._header)
         return room[:size] if size >= 0 else None
+
+    def _buffers(self, room: memoryview) -> list[Buffer]:
+        return [self._header, room] if self._header else [room]
 
     def _take(self, packet: memoryview | None, now_ms: int) -> tuple[int, int]:
         """Add what was read to the run it belongs to, or see to it that it goes elsewhere.
@@ -172,7 +193,7 @@ class PythonSealer:
             except OffloadError:
                 self._drops.count(Drop.TUN_OFFLOAD)
                 return 1, len(packet)
-        if header.gso is GsoType.NONE:
+        if header.gso is _NO_GSO:
             self._take_packet(header, packet, now_ms)
             return 1, len(packet)
         superpacket = Superpacket(header, packet)
@@ -186,22 +207,23 @@ class PythonSealer:
             return
         if header.needs_checksum:
             complete(header, packet)
-        size_bytes = len(packet) + OVERHEAD_BYTES
+        size_bytes, room_bytes = len(packet) + OVERHEAD_BYTES, self._room_bytes
         if peer is None:
             self._upcalls.plain(UpcallReason.NEW_FLOW_OUT, packet, now_ms)
-        elif size_bytes > self._filler.room_bytes:
+        elif size_bytes > room_bytes:
             self._drops.count(Drop.OVERSIZE)
         else:
             run = self._growing
             if (
                 run is None
                 or run.peer != peer
-                or run.size_bytes + size_bytes > self._filler.room_bytes
+                or run.size_bytes + size_bytes > room_bytes
                 or run.count == self._entries_max
             ):
-                run = self._growing = PlainRun(peer)
+                self._growing = run = PlainRun(peer, packet)
                 self._runs.append(run)
-            run.append(packet)
+            else:
+                run.append(packet)
             self._at += len(packet)
 
     def _take_superpacket(self, superpacket: Superpacket, now_ms: int) -> None:
@@ -234,34 +256,36 @@ class PythonSealer:
 
     def _seal_runs(self, now: Seconds, *, leave: int = 0) -> None:
         """Seal the oldest runs until one must be held, or so many are left."""
-        while len(self._runs) > leave:
-            if not self._try_seal(self._runs[0], now):
+        runs = self._runs
+        while len(runs) > leave:
+            if not self._try_seal(runs[0], now):
                 return
             self._held_since = None
-            self._runs.popleft()
-        if not self._runs:
+            runs.popleft()
+        if not runs:
             self._growing = None
             self._at = 0
 
     def _try_seal(self, run: Run, now: Seconds) -> bool:
         """Seal a run, or see to it that it goes elsewhere; False when it is to be held back."""
-        count = run.count
-        held = Seconds(0) if self._held_since is None else Seconds(now - self._held_since)
+        count, filler, counters = run.count, self._filler, self._counters
+        held = 0.0 if self._held_since is None else now - self._held_since
         # Again when the tunnel ended in between: its successor may be there already.
-        for _ in range(2):
+        for _ in _TWICE:
             tunnel = self._tunnel(run.peer)
             if tunnel is None:
                 break
-            if not self._filler.try_room(run.size_bytes, run.entries, run.align):
+            if not filler.try_room(run.size_bytes, run.entries, run.align):
                 self._drops.count(Drop.SEAL_RING_FULL, count)
                 return True
             row, generation = tunnel.local_index & 0xFFFF, tunnel.generation
-            beyond = self._counters.beyond_span
-            first = self._counters.reserve(row, generation, count, self._area(), regardless=held >= HOLD)
-            self._stats.add(_BEYOND, self._counters.beyond_span - beyond)
+            beyond = counters.beyond_span
+            first = counters.reserve(row, generation, count, self._area(), regardless=held >= HOLD)
+            if counters.beyond_span != beyond:
+                self._stats.add(_BEYOND, counters.beyond_span - beyond)
             if not isinstance(first, Refusal):
-                target = Target(tunnel.ciphers.send, tunnel.remote_index, row)
-                run.seal(self._filler, self._places, target, first)
+                target = _new_tuple(Target, (tunnel.ciphers.send, tunnel.remote_index, row))  # as in wire.ip
+                run.seal(filler, self._places, target, first)
                 self._traffic.sent(row, generation, count, run.size_bytes, int(now * 1000))
                 return True
             if first is Refusal.BUSY:
@@ -281,6 +305,6 @@ class PythonSealer:
         """The tunnel of a peer, if it can send."""
         index = self._peers.tunnel(peer)
         tunnel = None if index is None else self._tunnels.get(index)
-        if tunnel is None or tunnel.state is not TunnelState.PROVEN or tunnel.underlay is None:
+        if tunnel is None or tunnel.state is not _PROVEN or tunnel.underlay is None:
             return None
         return tunnel

@@ -48,6 +48,7 @@ _ECN: Final = 0x80
 _MORE_AND_OFFSET: Final = 0x3FFF
 _U16: Final = struct.Struct("!H")
 _EXTENSIONS: Final = frozenset({HOP_BY_HOP, ROUTING, DESTINATION_OPTIONS})
+_new_tuple = tuple.__new__
 _NOTHING: Final = bytes(HEADER_BYTES)
 
 
@@ -64,6 +65,7 @@ class GsoType(IntEnum):
     UDP = 5
 
 
+_NONE: Final = GsoType.NONE  # of an enum, a member takes two look-ups
 _KNOWN: Final = {int(kind): kind for kind in GsoType}
 
 
@@ -97,6 +99,9 @@ class VirtioHeader(NamedTuple):
             raise OffloadError(f"offload header: {len(header)} bytes instead of {HEADER_BYTES}")
         size = len(packet) if packet_bytes is None else packet_bytes
         flags, kind, _, segment_bytes, start, offset = _LAYOUT.unpack(header)
+        if kind == 0 and flags == _NEEDS_CSUM:  # nearly every packet of the local stack that is not super
+            _check_checksum(start, offset, size)
+            return _new_tuple(cls, (_NONE, False, True, 0, 0, start, offset))  # as in wire.ip
         if flags & ~(_NEEDS_CSUM | _DATA_VALID):
             raise OffloadError(f"offload header: flags {flags:#x} are not known")
         gso = _KNOWN.get(kind & ~_ECN)

@@ -74,6 +74,7 @@ class _Half:
         self._fill = fill
         self._waiting = waiting
         self._drain = drain
+        self._ring = drain.ring
         self._areas = drain.ring.geometry.areas
         self._bell = writer_bell
         self._stats = stats
@@ -82,9 +83,10 @@ class _Half:
 
     def work(self, budget: int, *, drains: bool) -> None:
         """One pass. Raises OSError, RingError."""
-        ring = self._drain.ring
+        ring = self._ring
         if drains and ring.try_take():
-            self._drain.drain(self._areas)
+            if ring.pending():  # seldom
+                self._drain.drain(self._areas)
             taken = self._fill(budget)
             self._drain.drain(self._areas)
             left = ring.drop()
@@ -103,6 +105,7 @@ class _Loop:
 
     def __init__(self, parts: ReaderParts, finish: FinishSignal) -> None:
         self._finish = finish
+        self._finish_fd = finish.fileno()
         self._tun = parts.tun
         self._stats = StatsPage(parts.stats, writable=True)
         self._bell = Bell(parts.bell)
@@ -117,7 +120,8 @@ class _Loop:
             offloads=parts.offloads,
             poison=parts.poison,
         )
-        sealer, opener = self._reader.sealer, self._reader.opener
+        self._sealer = sealer = self._reader.sealer
+        opener = self._reader.opener
         seal, opened = attach_drains(parts, parts.memory.tunnels)
         bell = Bell(parts.writer_bell)
         self._out = _Half(sealer.poll, sealer.waiting, seal, bell, self._stats)
@@ -135,14 +139,14 @@ class _Loop:
         while not self._finish.told:
             out, into = self._wait()
             self._pass(out=out, into=into)
-        while self._reader.sealer.is_holding:  # packets that nobody else could get at
+        while self._sealer.is_holding:  # packets that nobody else could get at
             select.select([], [], [], HOLDING_MS / 1000)
             self._out.work(0, drains=self._drainer.drains)
         self._drainer.store_cpu()
 
     def _wait(self) -> tuple[bool, bool]:
         """Sleep until there is something to do in a direction: out, in."""
-        holding = self._reader.sealer.is_holding
+        holding = self._sealer.is_holding
         if holding is self._tun_is_watched:
             # What holds packets reads none: the queue would only keep us awake.
             self._poll.modify(self._tun, 0 if holding else select.POLLIN)
@@ -156,10 +160,10 @@ class _Loop:
             # Whatever it is: an error or a hang-up shows in the call that reads.
             if descriptor == self._tun:
                 out = True
-            elif descriptor == self._bell.fileno():
+            elif descriptor == self._bell.descriptor:
                 self._bell.empty()  # before the rings are looked at, never after
                 into = True
-            elif descriptor != self._finish.fileno():
+            elif descriptor != self._finish_fd:
                 into = True
         return out, into
 

@@ -5,6 +5,7 @@ Data flow: tests -> [batches] -> datapath.opening -> open ring -> [batches] -> t
 
 import errno
 import os
+import select
 import socket
 from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
@@ -56,6 +57,10 @@ class Inlet:
         into[:size] = batch.datagrams[0][:size]
         return size, batch.source
 
+    def poll(self, limit_ms: int) -> list[tuple[int, int]]:
+        assert limit_ms == 0
+        return [(0, select.POLLIN)] if self.batches else []
+
     def _next(self) -> Batch:
         if not self.batches:
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
@@ -66,6 +71,7 @@ def feed(reader: PythonReader, *batches: Batch, budget: int = 100_000) -> int:
     """Let a reader poll until all was taken; gives how many datagrams."""
     inlet = Inlet(batches)
     reader.opener._socket = cast("socket.socket", inlet)
+    reader.opener._queue = cast("select.poll", inlet)
     return reader.opener.poll(budget)
 
 

@@ -580,7 +580,7 @@ def test_a_flood_of_errors_does_not_hold_the_loop(site: Site) -> None:
 def test_a_lost_socket_raises_after_what_was_taken_is_published(site: Site, number: int) -> None:
     admit(site, BACK)
     opener = site.reader().opener
-    deliver(site, message(3, BACK))
+    deliver(site, message(3, BACK), message(4, BACK))
     opener._socket = faulty(opener._socket, [0, number])
 
     with pytest.raises(OSError, match="injected"):

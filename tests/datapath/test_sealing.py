@@ -613,7 +613,7 @@ def test_a_lost_device_raises_after_what_was_read_is_published(
 ) -> None:
     each = packet(1)
     site.allow(each)
-    give(site, each)
+    give(site, each, each)
     sealer = site.reader().sealer
     real = os.readv
     calls = []
