@@ -21,6 +21,7 @@ may use:
 The order of packets never changes, and those that do not join are given as they came.
 """
 
+import struct
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Final, NamedTuple
@@ -32,11 +33,14 @@ from nebula_mp.datapath.checksums import (
     U16,
     U32,
     Rows,
+    Words,
     are_right,
+    checksum_fields,
     plain_sum,
     pseudo_sum,
     row_sums,
-    word_sums,
+    swapped,
+    swapped_sum,
 )
 from nebula_mp.datapath.segment import (
     IPV4_CHECKSUM_AT,
@@ -47,6 +51,7 @@ from nebula_mp.datapath.segment import (
     TCP_FLAGS_AT,
     TCP_SEQUENCE_AT,
     UDP_LENGTH_AT,
+    write_ids,
 )
 from nebula_mp.datapath.virtio import (
     PACKET_BYTES_MAX,
@@ -72,6 +77,8 @@ _IPV4_FLAGS_AT: Final = 6
 _IPV4_ADDRESSES_AT: Final = 12
 _IPV6_ADDRESSES_AT: Final = 8
 _NO_BYTES: Final = bytes(2)
+_U16: Final = struct.Struct("!H")
+_U32: Final = struct.Struct("!I")
 
 
 class Shape(NamedTuple):
@@ -236,7 +243,7 @@ def joinable(shape: Shape, headers: Rows, payload: Rows, size: int, last: int) -
 
     `shape` is that of the first; `size` are the bytes of each packet, `last` those of the last one. Headers
     and payloads may lie anywhere; of the last payload only what belongs to it is looked at. What is cheap is
-    looked at first, and payload only of packets whose headers fit. 17 us for 49 packets of which all join.
+    looked at first, and payload only of packets whose headers fit. 14 us for 49 packets of which all join.
     """
     if _all_join(shape, headers, payload, size, last):
         return headers.height
@@ -254,42 +261,92 @@ def joinable(shape: Shape, headers: Rows, payload: Rows, size: int, last: int) -
 def _all_join(shape: Shape, headers: Rows, payload: Rows, size: int, last: int) -> bool:
     """Whether all packets are one superpacket, in as few calls as possible; False where it is not sure.
 
-    It asks what the functions below ask, which also know how many join when not all do.
+    It asks what the functions below ask, which also know how many join when not all do: whether the headers
+    are those that the packets of a superpacket would have, and the checksums are right.
+    """
+    memory, offset, stride, count = headers
+    header_bytes = shape.header_bytes
+    if count < 2 or (size - header_bytes) * (count - 1) + last > PACKET_BYTES_MAX:
+        return False
+    first = bytes(memory[offset : offset + header_bytes])
+    if not _may_begin(shape, first, size):
+        return False
+    if stride == header_bytes:
+        found = bytes(memory[offset : offset + count * stride])
+    else:
+        found = headers.block(0, header_bytes).tobytes()
+    return _expected(shape, headers, first, size, last) == found and _add_up(
+        shape, headers, payload, size, last
+    )
+
+
+def _may_begin(shape: Shape, header: bytes, size: int) -> bool:
+    """Whether lengths, IP checksum and flags of the first packet are right."""
+    if shape.transport == IPV4_HEADER_BYTES and plain_sum(header[:IPV4_HEADER_BYTES]):
+        return False
+    if shape.protocol == TCP and header[shape.transport + TCP_FLAGS_AT] & PSH:
+        return False
+    return _has_lengths(shape, header, size)
+
+
+def _expected(shape: Shape, headers: Rows, first: bytes, size: int, last: int) -> bytearray:
+    """Give the headers that packets behind the first one have in a superpacket.
+
+    What may differ is taken from `headers`: the checksums of TCP or UDP, the last PSH, and ids with DF.
     """
     memory, offset, stride, count = headers
     transport, header_bytes = shape.transport, shape.header_bytes
-    is_tcp, piece = shape.protocol == TCP, size - shape.header_bytes
-    if count < 2 or piece * (count - 1) + last > PACKET_BYTES_MAX:
-        return False
-    block = headers.block(0, header_bytes)
-    unequal = block ^ block[0]
-    unequal &= _masks(shape, count, last != size)
-    if unequal.any():
-        return False
-    if is_tcp:
-        sequences = headers.fields(transport + TCP_SEQUENCE_AT, U32) - _ramp(count, piece)
-        if sequences.tobytes() != sequences[:1].tobytes() * count:
-            return False
-        if memory[offset + transport + TCP_FLAGS_AT] & PSH:
-            return False
-    elif not headers.fields(transport + UDP_CHECKSUM_AT, U16).all():
-        return False
-    sums = word_sums(headers, _weights(shape))
-    if transport == IPV4_HEADER_BYTES and not _has_df(headers):
-        ids = headers.fields(IPV4_ID_AT, U16) - _ramp(count, 1).astype(np.uint16)
-        if ids.tobytes() != ids[:1].tobytes() * count:
-            return False
-    for at, bytes_of_it in ((offset, size), (offset + (count - 1) * stride, last)):
-        if not _has_lengths(shape, memory[at : at + header_bytes], bytes_of_it):
-            return False
+    expected = bytearray(first * count)
+    rows = Rows(expected, 0, header_bytes, count)
+    begin, begin_found = (count - 1) * header_bytes, offset + (count - 1) * stride  # of the last one
+    if shape.protocol == TCP:
+        (sequence,) = _U32.unpack_from(first, transport + TCP_SEQUENCE_AT)
+        sequences = _ramp(count, size - header_bytes) + np.uint32(sequence)
+        rows.fields(transport + TCP_SEQUENCE_AT, U32)[...] = sequences
+        at = transport + TCP_FLAGS_AT
+        expected[begin + at] |= memory[begin_found + at] & PSH
+        at = transport + TCP_CHECKSUM_AT
+    else:
+        if last != size:
+            _U16.pack_into(expected, begin + transport + UDP_LENGTH_AT, last - transport)
+        at = transport + UDP_CHECKSUM_AT
+    rows.fields(at, np.uint16)[...] = headers.fields(at, np.uint16)
+    if transport != IPV4_HEADER_BYTES:
+        if last != size:
+            _U16.pack_into(expected, begin + IPV6_LENGTH_AT, last - IPV6_HEADER_BYTES)
+        return expected
+    ids, checksums = rows.fields(IPV4_ID_AT, U16), rows.fields(IPV4_CHECKSUM_AT, U16)
+    id_first, id_last = (_U16.unpack_from(memory, at + IPV4_ID_AT)[0] for at in (offset, begin_found))
+    # The first header is right, so with all its words the sum is 0.
+    rest_sum = -id_first - _U16.unpack_from(first, IPV4_CHECKSUM_AT)[0]
+    if first[_IPV4_FLAGS_AT] & _DF and id_last != (id_first + count - 1 & 0xFFFF):
+        ids[...] = headers.fields(IPV4_ID_AT, U16)
+        checksums[...] = checksum_fields(ids + np.int64(rest_sum))
+    else:
+        write_ids(ids, checksums, id_first, rest_sum)
+    if last != size:
+        _U16.pack_into(expected, begin + IPV4_LENGTH_AT, last)
+        _U16.pack_into(expected, begin + IPV4_CHECKSUM_AT, (size - last - rest_sum - id_last) % 0xFFFF)
+    return expected
+
+
+def _add_up(shape: Shape, headers: Rows, payload: Rows, size: int, last: int) -> bool:
+    """Whether the checksums of TCP or UDP are right, of packets whose lengths are."""
+    count, header_bytes, transport = headers.height, shape.header_bytes, shape.transport
+    # Addresses and transport header lie behind each other: the pseudo header needs only protocol and length.
+    at = shape.addresses_at
+    sums = Words(headers, at, header_bytes - at).swapped_sums(0, count)
     full = count if last == size else count - 1
-    whole = sums[1]
-    whole[:full] += row_sums(payload.top(full), 0, piece)
+    sums[:full] += Words(payload.top(full), 0, size - header_bytes).swapped_sums(0, full)
+    # The lengths are in the headers of UDP already, and those are right; here they are in the pseudo header.
+    sums += swapped(size + shape.protocol - transport)
     if full < count:
         at = payload.offset + full * payload.stride
-        whole[full] += plain_sum(payload.memory[at : at + last - header_bytes]) + last - size
-    whole += size + shape.protocol - transport
-    return not (sums % 0xFFFF).any()
+        piece = payload.memory[at : at + last - header_bytes]
+        sums[full] += swapped_sum(piece) - swapped(size - last)
+    if np.count_nonzero(sums % 0xFFFF):
+        return False
+    return shape.protocol == TCP or bool(headers.fields(transport + UDP_CHECKSUM_AT, np.uint16).all())
 
 
 def _has_lengths(shape: Shape, header: Buffer, size: int) -> bool:
@@ -305,37 +362,10 @@ def _has_lengths(shape: Shape, header: Buffer, size: int) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _masks(shape: Shape, count: int, is_last_shorter: bool) -> NDArray[np.uint8]:  # noqa: FBT001 - a cache's key
-    """Bits that are equal in all of `count` packets: more than `_mask`, since the last one is known."""
-    masks = np.tile(_mask(shape), (count, 1))
-    if shape.transport == IPV4_HEADER_BYTES:
-        masks[:, IPV4_LENGTH_AT : IPV4_LENGTH_AT + 2] = 0xFF
-    else:
-        masks[:, IPV6_LENGTH_AT : IPV6_LENGTH_AT + 2] = 0xFF
-    if shape.protocol == TCP:
-        masks[:-1, shape.transport + TCP_FLAGS_AT] = 0xFF
-    else:
-        masks[:, shape.transport + UDP_LENGTH_AT : shape.transport + UDP_LENGTH_AT + 2] = 0xFF
-    if is_last_shorter:
-        masks[-1] = _mask(shape)
-    return masks
-
-
-@lru_cache(maxsize=64)
 def _ramp(count: int, step: int) -> NDArray[np.uint32]:
     """0, step, 2 * step, ...; a sum of numbers modulo 2**32."""
     ramp: NDArray[np.uint32] = np.arange(count, dtype=np.uint32) * np.uint32(step)
     return ramp
-
-
-@lru_cache(maxsize=64)
-def _weights(shape: Shape) -> NDArray[np.float64]:
-    """For `word_sums` of headers: the IPv4 header, and addresses and transport header."""
-    weights = np.zeros((shape.header_bytes // 2, 2))
-    if shape.transport == IPV4_HEADER_BYTES:
-        weights[: IPV4_HEADER_BYTES // 2, 0] = 1
-    weights[shape.addresses_at // 2 :, 1] = 1
-    return weights
 
 
 def _fitting(header_bytes: int, size: int, last: int, count: int) -> int:

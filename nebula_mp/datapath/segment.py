@@ -12,9 +12,10 @@ that a caller who reads the payload to its place needs only that.
 """
 
 import struct
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nebula_mp.datapath.checksums import (
     U16,
@@ -214,8 +215,8 @@ class Cut:
         count = self._range(first, count)
         end = at + count
         slots.headers[at:end] = np.frombuffer(self._template, slots.headers.dtype)
-        if slots.ids is not None:
-            self._stamp_ipv4(slots, at, end, self._id + first & 0xFFFF)
+        if slots.ids is not None and slots.ip_checksums is not None:
+            write_ids(slots.ids[at:end], slots.ip_checksums[at:end], self._id + first & 0xFFFF, self._ip_sum)
         if slots.sequences is not None:
             begin = self._sequence + first * self.payload_bytes & 0xFFFF_FFFF
             slots.sequences[at:end] = slots.steps[:count] + np.uint32(begin)
@@ -236,19 +237,6 @@ class Cut:
         count = self.count - first if count < 0 else count
         assert 0 <= first < first + count <= self.count
         return count
-
-    def _stamp_ipv4(self, slots: Slots, at: int, end: int, identification: int) -> None:
-        """Write ids and checksums, which rise and fall by one from packet to packet: so both are tables."""
-        assert slots.ids is not None
-        assert slots.ip_checksums is not None
-        middle = at + 0x10000 - identification
-        if middle < end:  # after the id 65535 there is 0, and no step in the checksum
-            self._stamp_ipv4(slots, middle, end, 0)
-            end = middle
-        count = end - at
-        slots.ids[at:end] = _RISING[identification : identification + count]
-        begin = (self._ip_sum + identification) % 0xFFFF
-        slots.ip_checksums[at:end] = _FALLING[begin : begin + count]
 
     def _stamp_last(self, slots: Slots, number: int) -> None:
         """Make of slot `number`, which has the header of one in the middle, the last one."""
@@ -272,6 +260,21 @@ class Cut:
             _U16.pack_into(memory, at + IPV6_LENGTH_AT, size - IPV6_HEADER_BYTES)
         if not self.layout.is_tcp:
             _U16.pack_into(memory, transport + UDP_LENGTH_AT, size - self._transport)
+
+
+def write_ids(ids: NDArray[Any], checksums: NDArray[Any], first: int, rest_sum: int) -> None:
+    """Write the ids of IPv4 packets that follow each other, of which the first has the id `first`.
+
+    `rest_sum` is the sum of a header without id and checksum. From packet to packet ids rise by one, and so
+    checksums fall by one: both are copied from tables.
+    """
+    count, until_wrap = len(ids), 0x10000 - first
+    if until_wrap < count:  # after 65535 comes 0, and no step in the checksum
+        write_ids(ids[until_wrap:], checksums[until_wrap:], 0, rest_sum)
+        count = until_wrap
+    ids[:count] = _RISING[first : first + count]
+    begin = (rest_sum + first) % 0xFFFF
+    checksums[:count] = _FALLING[begin : begin + count]
 
 
 def segment(header: VirtioHeader, packet: Buffer) -> list[bytes]:
