@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from nebula_mp.datapath.checksums import (
     U16,
     U32,
+    Numbers,
     Rows,
     Words,
     are_right,
@@ -40,7 +41,7 @@ from nebula_mp.datapath.checksums import (
     pseudo_sum,
     row_sums,
     swapped,
-    swapped_sum,
+    swapped_fields,
 )
 from nebula_mp.datapath.segment import (
     IPV4_CHECKSUM_AT,
@@ -79,6 +80,7 @@ _IPV6_ADDRESSES_AT: Final = 8
 _NO_BYTES: Final = bytes(2)
 _U16: Final = struct.Struct("!H")
 _U32: Final = struct.Struct("!I")
+_U32_MAX: Final = 0xFFFF_FFFF
 
 
 class Shape(NamedTuple):
@@ -269,15 +271,18 @@ def _all_join(shape: Shape, headers: Rows, payload: Rows, size: int, last: int) 
     if count < 2 or (size - header_bytes) * (count - 1) + last > PACKET_BYTES_MAX:
         return False
     first = bytes(memory[offset : offset + header_bytes])
-    if not _may_begin(shape, first, size):
+    begin = offset + (count - 1) * stride
+    end = bytes(memory[begin : begin + header_bytes])
+    if not _may_begin(shape, first, size) or not _may_end(
+        shape, first, end, (size - header_bytes) * (count - 1)
+    ):
         return False
     if stride == header_bytes:
         found = bytes(memory[offset : offset + count * stride])
     else:
         found = headers.block(0, header_bytes).tobytes()
-    return _expected(shape, headers, first, size, last) == found and _add_up(
-        shape, headers, payload, size, last
-    )
+    expected = _expected(shape, headers, payload, (first, end), size=size, last=last)
+    return expected == found
 
 
 def _may_begin(shape: Shape, header: bytes, size: int) -> bool:
@@ -289,64 +294,86 @@ def _may_begin(shape: Shape, header: bytes, size: int) -> bool:
     return _has_lengths(shape, header, size)
 
 
-def _expected(shape: Shape, headers: Rows, first: bytes, size: int, last: int) -> bytearray:
-    """Give the headers that packets behind the first one have in a superpacket.
+def _may_end(shape: Shape, first: bytes, end: bytes, before: int) -> bool:
+    """Whether the last packet seems to be of the same flow, with so many bytes of payload before its own.
 
-    What may differ is taken from `headers`: the checksums of TCP or UDP, the last PSH, and ids with DF.
+    So that payload is added up for nothing only if something else is wrong, or in the middle.
     """
-    memory, offset, stride, count = headers
-    transport, header_bytes = shape.transport, shape.header_bytes
+    ports = slice(shape.addresses_at, shape.transport + 4)
+    if end[ports] != first[ports]:
+        return False
+    if shape.protocol != TCP:
+        return True
+    at = shape.transport + TCP_SEQUENCE_AT
+    sequence: int = _U32.unpack_from(first, at)[0] + before
+    # One superpacket in 65,536 wraps around, which `_expected` need not know then.
+    found: int = _U32.unpack_from(end, at)[0]
+    return found == sequence <= _U32_MAX
+
+
+def _expected(
+    shape: Shape, headers: Rows, payload: Rows, ends: tuple[bytes, bytes], *, size: int, last: int
+) -> bytearray:
+    """Give the headers that packets with this payload behind the first one have in a superpacket.
+
+    Only PSH of the last one, and ids with DF, are taken from `headers`. `ends` are the first and last header.
+    """
+    first, end = ends
+    transport, header_bytes, count = shape.transport, shape.header_bytes, headers.height
+    is_udp, piece = shape.protocol == UDP, size - shape.header_bytes
     expected = bytearray(first * count)
     rows = Rows(expected, 0, header_bytes, count)
-    begin, begin_found = (count - 1) * header_bytes, offset + (count - 1) * stride  # of the last one
-    if shape.protocol == TCP:
-        (sequence,) = _U32.unpack_from(first, transport + TCP_SEQUENCE_AT)
-        sequences = _ramp(count, size - header_bytes) + np.uint32(sequence)
-        rows.fields(transport + TCP_SEQUENCE_AT, U32)[...] = sequences
-        at = transport + TCP_FLAGS_AT
-        expected[begin + at] |= memory[begin_found + at] & PSH
-        at = transport + TCP_CHECKSUM_AT
+    begin = (count - 1) * header_bytes  # of the last one
+    # The sum of a full packet but for checksum and payload, and with the sequence number of the first.
+    # Addresses and transport header lie behind each other: the pseudo header needs only protocol and length.
+    checksum_at = transport + (UDP_CHECKSUM_AT if is_udp else TCP_CHECKSUM_AT)
+    rest = plain_sum(first[shape.addresses_at :]) - _U16.unpack_from(first, checksum_at)[0]
+    rest += size + shape.protocol - transport
+    rest_of_last, pushed = rest + last - size, 0
+    if is_udp:
+        rest_of_last += last - size  # in the header too
+        _U16.pack_into(expected, begin + transport + UDP_LENGTH_AT, last - transport)
     else:
+        at = transport + TCP_SEQUENCE_AT
+        sequence, steps = _U32.unpack_from(first, at)[0], _ramp(count, piece)
+        rows.fields(at, U32)[...] = steps + np.uint32(sequence)
+        at = transport + TCP_FLAGS_AT
+        pushed = end[at] & PSH
+        expected[begin + at] |= pushed
+        rest_of_last += (count - 1) * piece + pushed
+    full = count if last == size else count - 1
+    sums = Words(payload.top(full), 0, piece).swapped_sums(0, full)
+    sums += swapped(rest) if is_udp else _swapped_ramp(full, piece) + swapped(rest)
+    if full == count:
+        sums[-1] += swapped(pushed)
+    rows.top(full).fields(checksum_at, np.uint16)[...] = swapped_fields(sums, is_udp=is_udp)
+    if full < count:
+        at = payload.offset + full * payload.stride
+        rest_of_last += plain_sum(payload.memory[at : at + last - header_bytes])
+        field = -rest_of_last % 0xFFFF or (0xFFFF if is_udp else 0)
+        _U16.pack_into(expected, begin + checksum_at, field)
+    if transport == IPV4_HEADER_BYTES:
+        _expect_ids(rows, headers, first, end)
         if last != size:
-            _U16.pack_into(expected, begin + transport + UDP_LENGTH_AT, last - transport)
-        at = transport + UDP_CHECKSUM_AT
-    rows.fields(at, np.uint16)[...] = headers.fields(at, np.uint16)
-    if transport != IPV4_HEADER_BYTES:
-        if last != size:
-            _U16.pack_into(expected, begin + IPV6_LENGTH_AT, last - IPV6_HEADER_BYTES)
-        return expected
+            _U16.pack_into(expected, begin + IPV4_LENGTH_AT, last)
+            (field,) = _U16.unpack_from(expected, begin + IPV4_CHECKSUM_AT)
+            _U16.pack_into(expected, begin + IPV4_CHECKSUM_AT, (field + size - last) % 0xFFFF)
+    elif last != size:
+        _U16.pack_into(expected, begin + IPV6_LENGTH_AT, last - IPV6_HEADER_BYTES)
+    return expected
+
+
+def _expect_ids(rows: Rows, headers: Rows, first: bytes, end: bytes) -> None:
+    """Write ids and IP checksums of full packets, as they should be."""
     ids, checksums = rows.fields(IPV4_ID_AT, U16), rows.fields(IPV4_CHECKSUM_AT, U16)
-    id_first, id_last = (_U16.unpack_from(memory, at + IPV4_ID_AT)[0] for at in (offset, begin_found))
+    (id_first,), (id_last,) = _U16.unpack_from(first, IPV4_ID_AT), _U16.unpack_from(end, IPV4_ID_AT)
     # The first header is right, so with all its words the sum is 0.
     rest_sum = -id_first - _U16.unpack_from(first, IPV4_CHECKSUM_AT)[0]
-    if first[_IPV4_FLAGS_AT] & _DF and id_last != (id_first + count - 1 & 0xFFFF):
+    if first[_IPV4_FLAGS_AT] & _DF and id_last != (id_first + rows.height - 1 & 0xFFFF):
         ids[...] = headers.fields(IPV4_ID_AT, U16)
         checksums[...] = checksum_fields(ids + np.int64(rest_sum))
     else:
         write_ids(ids, checksums, id_first, rest_sum)
-    if last != size:
-        _U16.pack_into(expected, begin + IPV4_LENGTH_AT, last)
-        _U16.pack_into(expected, begin + IPV4_CHECKSUM_AT, (size - last - rest_sum - id_last) % 0xFFFF)
-    return expected
-
-
-def _add_up(shape: Shape, headers: Rows, payload: Rows, size: int, last: int) -> bool:
-    """Whether the checksums of TCP or UDP are right, of packets whose lengths are."""
-    count, header_bytes, transport = headers.height, shape.header_bytes, shape.transport
-    # Addresses and transport header lie behind each other: the pseudo header needs only protocol and length.
-    at = shape.addresses_at
-    sums = Words(headers, at, header_bytes - at).swapped_sums(0, count)
-    full = count if last == size else count - 1
-    sums[:full] += Words(payload.top(full), 0, size - header_bytes).swapped_sums(0, full)
-    # The lengths are in the headers of UDP already, and those are right; here they are in the pseudo header.
-    sums += swapped(size + shape.protocol - transport)
-    if full < count:
-        at = payload.offset + full * payload.stride
-        piece = payload.memory[at : at + last - header_bytes]
-        sums[full] += swapped_sum(piece) - swapped(size - last)
-    if np.count_nonzero(sums % 0xFFFF):
-        return False
-    return shape.protocol == TCP or bool(headers.fields(transport + UDP_CHECKSUM_AT, np.uint16).all())
 
 
 def _has_lengths(shape: Shape, header: Buffer, size: int) -> bool:
@@ -365,6 +392,13 @@ def _has_lengths(shape: Shape, header: Buffer, size: int) -> bool:
 def _ramp(count: int, step: int) -> NDArray[np.uint32]:
     """0, step, 2 * step, ...; a sum of numbers modulo 2**32."""
     ramp: NDArray[np.uint32] = np.arange(count, dtype=np.uint32) * np.uint32(step)
+    return ramp
+
+
+@lru_cache(maxsize=64)
+def _swapped_ramp(count: int, step: int) -> Numbers:
+    """Do the same, as it counts in sums of words of this machine."""
+    ramp: Numbers = np.arange(count) * swapped(step)
     return ramp
 
 
