@@ -143,14 +143,16 @@ class ReplayWindow:
 
         A process that dies inside leaves what one that dies in `update` leaves.
         """
-        self.check_range(first, count)
-        last = first + count - 1
-        if last > self._current[0]:
+        current, last = self._current[0], first + count - 1
+        if first <= current:
+            self.check_range(first, count)
+        if last > current:
             self.update(last)
+        held = self._bits
         for at, bits in self._pieces(first, count):
-            low, size = at >> 3, (at + bits + 7 >> 3) - (at >> 3)
-            marked = int.from_bytes(self._bits[low : low + size], "little") | (1 << bits) - 1 << (at & 7)
-            self._bits[low : low + size] = marked.to_bytes(size, "little")
+            low, high = at >> 3, at + bits + 7 >> 3
+            marked = int.from_bytes(held[low:high], "little") | (1 << bits) - 1 << (at & 7)
+            held[low:high] = marked.to_bytes(high - low, "little")
 
     def _pieces(self, first: int, count: int) -> tuple[tuple[int, int], ...]:
         """Where the bits of a range are, and how many: two pieces when it goes around the end of the ring."""

@@ -21,6 +21,7 @@ may use:
 The order of packets never changes, and those that do not join are given as they came.
 """
 
+import struct
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Final, NamedTuple
@@ -31,12 +32,16 @@ from numpy.typing import NDArray
 from nebula_mp.datapath.checksums import (
     U16,
     U32,
+    Numbers,
     Rows,
+    Words,
     are_right,
+    checksum_fields,
     plain_sum,
     pseudo_sum,
     row_sums,
-    word_sums,
+    swapped,
+    swapped_fields,
 )
 from nebula_mp.datapath.segment import (
     IPV4_CHECKSUM_AT,
@@ -47,6 +52,7 @@ from nebula_mp.datapath.segment import (
     TCP_FLAGS_AT,
     TCP_SEQUENCE_AT,
     UDP_LENGTH_AT,
+    write_ids,
 )
 from nebula_mp.datapath.virtio import (
     PACKET_BYTES_MAX,
@@ -72,6 +78,9 @@ _IPV4_FLAGS_AT: Final = 6
 _IPV4_ADDRESSES_AT: Final = 12
 _IPV6_ADDRESSES_AT: Final = 8
 _NO_BYTES: Final = bytes(2)
+_U16: Final = struct.Struct("!H")
+_U32: Final = struct.Struct("!I")
+_U32_MAX: Final = 0xFFFF_FFFF
 
 
 class Shape(NamedTuple):
@@ -236,7 +245,7 @@ def joinable(shape: Shape, headers: Rows, payload: Rows, size: int, last: int) -
 
     `shape` is that of the first; `size` are the bytes of each packet, `last` those of the last one. Headers
     and payloads may lie anywhere; of the last payload only what belongs to it is looked at. What is cheap is
-    looked at first, and payload only of packets whose headers fit. 17 us for 49 packets of which all join.
+    looked at first, and payload only of packets whose headers fit. 14 us for 49 packets of which all join.
     """
     if _all_join(shape, headers, payload, size, last):
         return headers.height
@@ -254,42 +263,117 @@ def joinable(shape: Shape, headers: Rows, payload: Rows, size: int, last: int) -
 def _all_join(shape: Shape, headers: Rows, payload: Rows, size: int, last: int) -> bool:
     """Whether all packets are one superpacket, in as few calls as possible; False where it is not sure.
 
-    It asks what the functions below ask, which also know how many join when not all do.
+    It asks what the functions below ask, which also know how many join when not all do: whether the headers
+    are those that the packets of a superpacket would have, and the checksums are right.
     """
     memory, offset, stride, count = headers
-    transport, header_bytes = shape.transport, shape.header_bytes
-    is_tcp, piece = shape.protocol == TCP, size - shape.header_bytes
-    if count < 2 or piece * (count - 1) + last > PACKET_BYTES_MAX:
+    header_bytes = shape.header_bytes
+    if count < 2 or (size - header_bytes) * (count - 1) + last > PACKET_BYTES_MAX:
         return False
-    block = headers.block(0, header_bytes)
-    unequal = block ^ block[0]
-    unequal &= _masks(shape, count, last != size)
-    if unequal.any():
+    first = bytes(memory[offset : offset + header_bytes])
+    begin = offset + (count - 1) * stride
+    end = bytes(memory[begin : begin + header_bytes])
+    if not _may_begin(shape, first, size) or not _may_end(
+        shape, first, end, (size - header_bytes) * (count - 1)
+    ):
         return False
-    if is_tcp:
-        sequences = headers.fields(transport + TCP_SEQUENCE_AT, U32) - _ramp(count, piece)
-        if sequences.tobytes() != sequences[:1].tobytes() * count:
-            return False
-        if memory[offset + transport + TCP_FLAGS_AT] & PSH:
-            return False
-    elif not headers.fields(transport + UDP_CHECKSUM_AT, U16).all():
+    if stride == header_bytes:
+        found = bytes(memory[offset : offset + count * stride])
+    else:
+        found = headers.block(0, header_bytes).tobytes()
+    expected = _expected(shape, headers, payload, (first, end), size=size, last=last)
+    return expected == found
+
+
+def _may_begin(shape: Shape, header: bytes, size: int) -> bool:
+    """Whether lengths, IP checksum and flags of the first packet are right."""
+    if shape.transport == IPV4_HEADER_BYTES and plain_sum(header[:IPV4_HEADER_BYTES]):
         return False
-    sums = word_sums(headers, _weights(shape))
-    if transport == IPV4_HEADER_BYTES and not _has_df(headers):
-        ids = headers.fields(IPV4_ID_AT, U16) - _ramp(count, 1).astype(np.uint16)
-        if ids.tobytes() != ids[:1].tobytes() * count:
-            return False
-    for at, bytes_of_it in ((offset, size), (offset + (count - 1) * stride, last)):
-        if not _has_lengths(shape, memory[at : at + header_bytes], bytes_of_it):
-            return False
+    if shape.protocol == TCP and header[shape.transport + TCP_FLAGS_AT] & PSH:
+        return False
+    return _has_lengths(shape, header, size)
+
+
+def _may_end(shape: Shape, first: bytes, end: bytes, before: int) -> bool:
+    """Whether the last packet seems to be of the same flow, with so many bytes of payload before its own.
+
+    So that payload is added up for nothing only if something else is wrong, or in the middle.
+    """
+    ports = slice(shape.addresses_at, shape.transport + 4)
+    if end[ports] != first[ports]:
+        return False
+    if shape.protocol != TCP:
+        return True
+    at = shape.transport + TCP_SEQUENCE_AT
+    sequence: int = _U32.unpack_from(first, at)[0] + before
+    # One superpacket in 65,536 wraps around, which `_expected` need not know then.
+    found: int = _U32.unpack_from(end, at)[0]
+    return found == sequence <= _U32_MAX
+
+
+def _expected(
+    shape: Shape, headers: Rows, payload: Rows, ends: tuple[bytes, bytes], *, size: int, last: int
+) -> bytearray:
+    """Give the headers that packets with this payload behind the first one have in a superpacket.
+
+    Only PSH of the last one, and ids with DF, are taken from `headers`. `ends` are the first and last header.
+    """
+    first, end = ends
+    transport, header_bytes, count = shape.transport, shape.header_bytes, headers.height
+    is_udp, piece = shape.protocol == UDP, size - shape.header_bytes
+    expected = bytearray(first * count)
+    rows = Rows(expected, 0, header_bytes, count)
+    begin = (count - 1) * header_bytes  # of the last one
+    # The sum of a full packet but for checksum and payload, and with the sequence number of the first.
+    # Addresses and transport header lie behind each other: the pseudo header needs only protocol and length.
+    checksum_at = transport + (UDP_CHECKSUM_AT if is_udp else TCP_CHECKSUM_AT)
+    rest = plain_sum(first[shape.addresses_at :]) - _U16.unpack_from(first, checksum_at)[0]
+    rest += size + shape.protocol - transport
+    rest_of_last, pushed = rest + last - size, 0
+    if is_udp:
+        rest_of_last += last - size  # in the header too
+        _U16.pack_into(expected, begin + transport + UDP_LENGTH_AT, last - transport)
+    else:
+        at = transport + TCP_SEQUENCE_AT
+        sequence, steps = _U32.unpack_from(first, at)[0], _ramp(count, piece)
+        rows.fields(at, U32)[...] = steps + np.uint32(sequence)
+        at = transport + TCP_FLAGS_AT
+        pushed = end[at] & PSH
+        expected[begin + at] |= pushed
+        rest_of_last += (count - 1) * piece + pushed
     full = count if last == size else count - 1
-    whole = sums[1]
-    whole[:full] += row_sums(payload.top(full), 0, piece)
+    sums = Words(payload.top(full), 0, piece).swapped_sums(0, full)
+    sums += swapped(rest) if is_udp else _swapped_ramp(full, piece) + swapped(rest)
+    if full == count:
+        sums[-1] += swapped(pushed)
+    rows.top(full).fields(checksum_at, np.uint16)[...] = swapped_fields(sums, is_udp=is_udp)
     if full < count:
         at = payload.offset + full * payload.stride
-        whole[full] += plain_sum(payload.memory[at : at + last - header_bytes]) + last - size
-    whole += size + shape.protocol - transport
-    return not (sums % 0xFFFF).any()
+        rest_of_last += plain_sum(payload.memory[at : at + last - header_bytes])
+        field = -rest_of_last % 0xFFFF or (0xFFFF if is_udp else 0)
+        _U16.pack_into(expected, begin + checksum_at, field)
+    if transport == IPV4_HEADER_BYTES:
+        _expect_ids(rows, headers, first, end)
+        if last != size:
+            _U16.pack_into(expected, begin + IPV4_LENGTH_AT, last)
+            (field,) = _U16.unpack_from(expected, begin + IPV4_CHECKSUM_AT)
+            _U16.pack_into(expected, begin + IPV4_CHECKSUM_AT, (field + size - last) % 0xFFFF)
+    elif last != size:
+        _U16.pack_into(expected, begin + IPV6_LENGTH_AT, last - IPV6_HEADER_BYTES)
+    return expected
+
+
+def _expect_ids(rows: Rows, headers: Rows, first: bytes, end: bytes) -> None:
+    """Write ids and IP checksums of full packets, as they should be."""
+    ids, checksums = rows.fields(IPV4_ID_AT, U16), rows.fields(IPV4_CHECKSUM_AT, U16)
+    (id_first,), (id_last,) = _U16.unpack_from(first, IPV4_ID_AT), _U16.unpack_from(end, IPV4_ID_AT)
+    # The first header is right, so with all its words the sum is 0.
+    rest_sum = -id_first - _U16.unpack_from(first, IPV4_CHECKSUM_AT)[0]
+    if first[_IPV4_FLAGS_AT] & _DF and id_last != (id_first + rows.height - 1 & 0xFFFF):
+        ids[...] = headers.fields(IPV4_ID_AT, U16)
+        checksums[...] = checksum_fields(ids + np.int64(rest_sum))
+    else:
+        write_ids(ids, checksums, id_first, rest_sum)
 
 
 def _has_lengths(shape: Shape, header: Buffer, size: int) -> bool:
@@ -305,23 +389,6 @@ def _has_lengths(shape: Shape, header: Buffer, size: int) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _masks(shape: Shape, count: int, is_last_shorter: bool) -> NDArray[np.uint8]:  # noqa: FBT001 - a cache's key
-    """Bits that are equal in all of `count` packets: more than `_mask`, since the last one is known."""
-    masks = np.tile(_mask(shape), (count, 1))
-    if shape.transport == IPV4_HEADER_BYTES:
-        masks[:, IPV4_LENGTH_AT : IPV4_LENGTH_AT + 2] = 0xFF
-    else:
-        masks[:, IPV6_LENGTH_AT : IPV6_LENGTH_AT + 2] = 0xFF
-    if shape.protocol == TCP:
-        masks[:-1, shape.transport + TCP_FLAGS_AT] = 0xFF
-    else:
-        masks[:, shape.transport + UDP_LENGTH_AT : shape.transport + UDP_LENGTH_AT + 2] = 0xFF
-    if is_last_shorter:
-        masks[-1] = _mask(shape)
-    return masks
-
-
-@lru_cache(maxsize=64)
 def _ramp(count: int, step: int) -> NDArray[np.uint32]:
     """0, step, 2 * step, ...; a sum of numbers modulo 2**32."""
     ramp: NDArray[np.uint32] = np.arange(count, dtype=np.uint32) * np.uint32(step)
@@ -329,13 +396,10 @@ def _ramp(count: int, step: int) -> NDArray[np.uint32]:
 
 
 @lru_cache(maxsize=64)
-def _weights(shape: Shape) -> NDArray[np.float64]:
-    """For `word_sums` of headers: the IPv4 header, and addresses and transport header."""
-    weights = np.zeros((shape.header_bytes // 2, 2))
-    if shape.transport == IPV4_HEADER_BYTES:
-        weights[: IPV4_HEADER_BYTES // 2, 0] = 1
-    weights[shape.addresses_at // 2 :, 1] = 1
-    return weights
+def _swapped_ramp(count: int, step: int) -> Numbers:
+    """Do the same, as it counts in sums of words of this machine."""
+    ramp: Numbers = np.arange(count) * swapped(step)
+    return ramp
 
 
 def _fitting(header_bytes: int, size: int, last: int, count: int) -> int:
@@ -436,31 +500,23 @@ def superpacket_head(
 ) -> bytes:
     """Give virtio, IP and transport header of a superpacket, made of the first and last packet's headers."""
     head = bytearray(first)
-    transport, at = shape.transport, shape.transport
-    size = shape.header_bytes + payload_bytes
+    gso, transport, header_bytes, addresses_at, protocol = shape
+    size = header_bytes + payload_bytes
     if transport == IPV4_HEADER_BYTES:
-        head[IPV4_LENGTH_AT : IPV4_LENGTH_AT + 2] = size.to_bytes(2, "big")
-        head[IPV4_CHECKSUM_AT : IPV4_CHECKSUM_AT + 2] = _NO_BYTES
-        field = 0xFFFF - plain_sum(head[:IPV4_HEADER_BYTES])
-        head[IPV4_CHECKSUM_AT : IPV4_CHECKSUM_AT + 2] = field.to_bytes(2, "big")
+        _U16.pack_into(head, IPV4_LENGTH_AT, size)
+        _U16.pack_into(head, IPV4_CHECKSUM_AT, 0)
+        _U16.pack_into(head, IPV4_CHECKSUM_AT, 0xFFFF - plain_sum(head[:IPV4_HEADER_BYTES]))
     else:
-        head[IPV6_LENGTH_AT : IPV6_LENGTH_AT + 2] = (size - IPV6_HEADER_BYTES).to_bytes(2, "big")
+        _U16.pack_into(head, IPV6_LENGTH_AT, size - IPV6_HEADER_BYTES)
     length = size - transport
-    if shape.protocol == TCP:
-        head[at + TCP_FLAGS_AT] |= last[at + TCP_FLAGS_AT] & PSH
+    if protocol == TCP:
+        head[transport + TCP_FLAGS_AT] |= last[transport + TCP_FLAGS_AT] & PSH
         offset = TCP_CHECKSUM_AT
     else:
-        head[at + UDP_LENGTH_AT : at + UDP_LENGTH_AT + 2] = length.to_bytes(2, "big")
+        _U16.pack_into(head, transport + UDP_LENGTH_AT, length)
         offset = UDP_CHECKSUM_AT
-    seed = pseudo_sum(head[shape.addresses_at : transport], shape.protocol, length)
+    seed = pseudo_sum(head[addresses_at:transport], protocol, length)
     # Folded without becoming 0: a sum that is congruent to 0 is 65535 for the kernel, as for any adder.
-    head[at + offset : at + offset + 2] = (((seed - 1) % 0xFFFF) + 1).to_bytes(2, "big")
-    header = VirtioHeader(
-        gso=shape.gso,
-        needs_checksum=True,
-        header_bytes=shape.header_bytes,
-        segment_bytes=segment_bytes,
-        checksum_start=transport,
-        checksum_offset=offset,
-    )
-    return header.encode() + bytes(head)
+    _U16.pack_into(head, transport + offset, (seed - 1) % 0xFFFF + 1)
+    header = VirtioHeader(gso, False, True, header_bytes, segment_bytes, transport, offset)  # noqa: FBT003  # as in parse
+    return header.encode() + head

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from nebula_mp.crypto.aead import TAG_BYTES, Aead
 from nebula_mp.datapath.filling import Filler
-from nebula_mp.datapath.segment import Cut, segment
+from nebula_mp.datapath.segment import Cut, Layout, Slots, segment
 from nebula_mp.datapath.virtio import VirtioHeader
 from nebula_mp.newtypes import Buffer
 from nebula_mp.shm_counters import SPAN_MAX
@@ -39,20 +39,24 @@ PACKETS_MAX: Final = SPAN_MAX // 2
 PLACES_MAX: Final = 8192
 """So many places are kept, with 0.6 KB each; 32 areas with packets of 1300 bytes have 1,700."""
 
+_LAYOUTS_MAX: Final = 8  # of one stride in one area, with 2 KB each
 _HEADER: Final = struct.Struct("!IIQ")
 _FIRST_WORD: Final = (VERSION << 4 | MessageType.MESSAGE) << 24 | MESSAGE_IP << 16
-_U64: Final = np.dtype(">u8")
 _COUNTER_AT: Final = 8
+_FIRST_HALF: Final = _FIRST_WORD << 32
+"""What stands in front of the counter, but for the remote index."""
+_U64: Final = np.dtype(">u8")
 
 
 class _Grid:
     """The places of one stride in one area, as far as they were used."""
 
-    __slots__ = ("_area", "_stride", "counters", "first_halves", "headers", "outs", "plaintexts")
+    __slots__ = ("_area", "_slots", "_stride", "counters", "first_halves", "headers", "outs", "plaintexts")
 
     def __init__(self, area: memoryview, stride: int) -> None:
         self._area = area
         self._stride = stride
+        self._slots: dict[Layout, Slots] = {}
         count = (len(area) - HEADER_BYTES) // stride + 1  # the last one may have room for a shorter packet
         # Of the headers: all but the counters, and the counters.
         self.first_halves: NDArray[np.uint64] = np.ndarray((count,), _U64, area, 0, (stride,))
@@ -69,6 +73,15 @@ class _Grid:
             self.headers.append(area[start:middle])
             self.plaintexts.append(area[middle : end - TAG_BYTES])
             self.outs.append(area[middle:end])
+
+    def slots(self, layout: Layout) -> Slots:
+        """Where the packets of this layout lie."""
+        slots = self._slots.get(layout)
+        if slots is None:
+            if len(self._slots) >= _LAYOUTS_MAX:
+                self._slots.clear()
+            slots = self._slots[layout] = Slots(layout, self._area[HEADER_BYTES:], self._stride)
+        return slots
 
 
 class Places:
@@ -224,23 +237,18 @@ class SuperRun:
         begin = at // stride
         end = begin + count
         grid = places.get(stride, end)
-        out = filler.data[at + HEADER_BYTES :]
-        cut.place(packet, out, stride, self._first, count)
-        cut.stamp(out, stride, self._first, count)
-        grid.first_halves[begin:end] = _first_half(target.remote_index)
+        slots = grid.slots(cut.layout)
+        cut.place(packet, slots, begin, self._first, count)
+        cut.stamp(slots, begin, self._first, count)
+        grid.first_halves[begin:end] = _FIRST_HALF | target.remote_index
         grid.counters[begin:end] = np.arange(first, first + count, dtype=np.uint64)
         headers, plaintexts, outs = grid.headers[begin:end], grid.plaintexts[begin:end], grid.outs[begin:end]
         if self.size_bytes < count * stride:
-            middle, last_end = (count - 1) * stride, self.size_bytes - HEADER_BYTES
-            plaintexts[-1] = out[middle : last_end - TAG_BYTES]
-            outs[-1] = out[middle:last_end]
+            middle, last_end = at + (count - 1) * stride + HEADER_BYTES, at + self.size_bytes
+            plaintexts[-1] = filler.data[middle : last_end - TAG_BYTES]
+            outs[-1] = filler.data[middle:last_end]
         target.aead.seal_each(first, headers, plaintexts, outs)
         filler.describe(self.size_bytes, min(stride, self.size_bytes), target.row)
 
 
 Run: TypeAlias = PlainRun | SuperRun
-
-
-def _first_half(remote_index: int) -> int:
-    """What stands in front of the counter."""
-    return _FIRST_WORD << 32 | remote_index

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from nebula_mp.datapath.coalesce import coalesce
-from nebula_mp.datapath.segment import Cut
+from nebula_mp.datapath.segment import Cut, Slots
 from nebula_mp.datapath.virtio import VirtioHeader
 from tests.datapath.superpackets import TIMESTAMPS, Plan
 from tests.support.packets import TCP, UDP
@@ -41,6 +41,7 @@ class Bench:
         self.stride = plan.header_bytes + plan.size + OVERHEAD_BYTES
         self.area = memoryview(bytearray(self.stride * plan.count + OVERHEAD_BYTES))
         self.out = memoryview(bytearray(1 << 17))
+        self.slots: Slots | None = None
         each = plan.packets()
         self.sizes = [len(one) for one in each]
         self.opened = memoryview(bytearray(self.stride * plan.count))
@@ -50,13 +51,19 @@ class Bench:
     def cut(self) -> None:
         """Parse the header, copy the payload to its places, write headers and checksums."""
         work = Cut(VirtioHeader.parse(self.raw, self.packet), self.packet)
-        out = self.area[16:]
-        work.place(self.packet, out, self.stride)
-        work.stamp(out, self.stride)
+        work.place(self.packet, self._slots(work))
+        work.stamp(self._slots(work))
 
     def stamp(self) -> None:
         """Do the same without the copy, as after a read to the right places."""
-        Cut(VirtioHeader.parse(self.raw, self.packet), self.packet).stamp(self.area[16:], self.stride)
+        work = Cut(VirtioHeader.parse(self.raw, self.packet), self.packet)
+        work.stamp(self._slots(work))
+
+    def _slots(self, work: Cut) -> Slots:
+        """Keep them, as the data path does."""
+        if self.slots is None:
+            self.slots = Slots(work.layout, self.area[16:], self.stride)
+        return self.slots
 
     def join(self) -> None:
         """Judge all packets, and copy the superpacket to where it would be written from."""

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nebula_mp.datapath.segment import Cut, segment
+from nebula_mp.datapath.segment import Cut, Slots, segment
 from nebula_mp.datapath.virtio import PLAIN, GsoType, OffloadError, VirtioHeader
 from nebula_mp.wire.ip import parse_flow
 from tests.datapath.superpackets import A4, B4, TIMESTAMPS, UDP_L4, Plan, plans
@@ -86,8 +86,9 @@ def test_packets_are_placed_and_stamped_in_parts_at_any_stride_and_nothing_else_
         # Exactly as much memory as the packets need, with a byte on each side that stays.
         memory = bytearray(fill * (size + 2))
         out = memoryview(memory)[1:-1]
-        work.place(packet, out, stride, first, count)
-        work.stamp(out, stride, first, count)
+        slots = Slots(work.layout, out, stride)
+        work.place(packet, slots, 0, first, count)
+        work.stamp(slots, 0, first, count)
         wanted = bytearray(fill * len(memory))
         for number in range(count):
             at = 1 + number * stride
@@ -105,7 +106,7 @@ def test_payload_that_was_read_to_its_place_needs_only_the_headers(plan: Plan) -
         payload = plan.payload[number * plan.size : (number + 1) * plan.size]
         out[at : at + len(payload)] = payload
 
-    work.stamp(memoryview(out), work.segment_bytes)
+    work.stamp(Slots(work.layout, memoryview(out), work.segment_bytes))
 
     assert bytes(out).startswith(b"".join(plan.packets()))
 
