@@ -326,6 +326,9 @@ class Drain(Protocol):
     ring: Consumer
     """For the lease: `try_take` before, `drop` after."""
 
+    given_up: str | None
+    """What was granted and then refused in use, and is done without from then on; None if nothing was."""
+
     def drain(self, budget: int) -> int:
         """Empty at most `budget` areas; gives how many. Raises OSError, RingError."""
 

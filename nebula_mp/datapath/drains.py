@@ -193,6 +193,7 @@ class UdpDrain:
         self, ring: Consumer, udp_fd: int, underlay: UnderlayView, stats: StatsPage, offloads: Offloads
     ) -> None:
         self.ring = ring
+        self.given_up: str | None = None
         self._socket = borrow_socket(self, udp_fd)
         self._targets = Targets(dual=self._socket.family == socket.AF_INET6)
         self._room = _Room(udp_fd, UDP_WAIT_MS)
@@ -257,6 +258,7 @@ class UdpDrain:
         sent = [self._send(train[at : at + step], target) for at in range(0, len(train), step)]
         if any(sent) and self._trains.learn(number, step, datagrams, target):
             self._stats.add(_UDP_TRAINS_OFF)
+            self.given_up = "udp_segment"
         return False
 
     def _send(self, datagram: memoryview, target: SockAddr) -> bool:
@@ -300,6 +302,7 @@ class TunDrain:
 
     def __init__(self, ring: Consumer, tun_fd: int, stats: StatsPage, offloads: Offloads) -> None:
         self.ring = ring
+        self.given_up: str | None = None
         self._descriptor = tun_fd
         self._room = _Room(tun_fd, TUN_WAIT_MS)
         self._header_bytes = HEADER_BYTES if offloads.tun_header else 0
@@ -360,6 +363,8 @@ class TunDrain:
         if taken:
             self._stats.add(_TUN_SPLIT)
             self._refused += self._refused < REFUSALS_MAX
+            if self._refused == REFUSALS_MAX:
+                self.given_up = "tso and uso towards the local stack"
 
     def _count(self, data: memoryview, packets: int) -> None:
         """Count what was written, as if each of its packets had gone alone, with headers of its own."""

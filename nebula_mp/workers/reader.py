@@ -38,6 +38,7 @@ from nebula_mp.workers.worker_loop import (
     KERNEL,
     CpuMeter,
     FinishSignal,
+    GivenUp,
     attach_drains,
     run_worker,
 )
@@ -123,6 +124,7 @@ class _Loop:
         self._sealer = sealer = self._reader.sealer
         opener = self._reader.opener
         seal, opened = attach_drains(parts, parts.memory.tunnels)
+        self._given_up = GivenUp(parts.name, (seal, opened))
         bell = Bell(parts.writer_bell)
         self._out = _Half(sealer.poll, sealer.waiting, seal, bell, self._stats)
         self._into = _Half(opener.poll, opener.waiting, opened, bell, self._stats)
@@ -178,6 +180,7 @@ class _Loop:
         if now >= self._books_at:
             self._books_at = Seconds(now + BOOKS_EVERY)
             self._drainer.handle_time(now)
+            self._given_up.say()
         if now >= self._sweep_at:
             self._sweep_at = Seconds(now + _SWEEP_EVERY)
             self._reader.sweep()

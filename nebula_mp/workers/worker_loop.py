@@ -7,7 +7,7 @@ Source: docs/architecture.md, "The ring"; signal(7).
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from nebula_mp import clock
@@ -108,6 +108,23 @@ def attach_drains(parts: ReaderParts | WriterParts, tunnels: Fd) -> tuple[Drain,
         KERNEL.drain_udp(seal, parts.udp, tunnels=tunnels, stats=parts.stats, offloads=parts.offloads),
         KERNEL.drain_tun(opened, parts.tun, stats=parts.stats, offloads=parts.offloads),
     )
+
+
+class GivenUp:
+    """Says once of each drain what it has to do without, since the kernel refused it in use."""
+
+    def __init__(self, name: str, drains: Iterable[Drain]) -> None:
+        """`name` is the process's."""
+        self._name = name
+        self._drains = tuple(drains)
+
+    def say(self) -> None:
+        """Look at the drains; to be called from time to time."""
+        for drain in self._drains:
+            if drain.given_up is not None:
+                fields = {"role": self._name, "offload": drain.given_up}
+                logs.write(LogLevel.WARN, "offload disabled", fields)
+                self._drains = tuple(each for each in self._drains if each is not drain)
 
 
 class CpuMeter:

@@ -24,6 +24,7 @@ from nebula_mp.workers.worker_loop import (
     BOOKS_EVERY,
     CpuMeter,
     FinishSignal,
+    GivenUp,
     attach_drains,
     run_worker,
 )
@@ -50,6 +51,7 @@ class _Loop:
         self._cpu_at = clock.monotonic()
         self._bell = Bell(parts.bell)
         self._drains = attach_drains(parts, parts.tunnels)
+        self._given_up = GivenUp(parts.name, self._drains)
         self._poll = select.poll()
         self._poll.register(self._bell, select.POLLIN)
         self._poll.register(finish, select.POLLIN)
@@ -77,6 +79,7 @@ class _Loop:
         if now >= self._cpu_at:
             self._cpu_at = Seconds(now + BOOKS_EVERY)
             self._cpu.store()
+            self._given_up.say()
         return left
 
     def _drain_one(self, drain: Drain, budget: int) -> bool:

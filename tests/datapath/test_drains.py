@@ -345,10 +345,13 @@ def test_after_three_refusals_in_a_row_no_superpacket_is_tried_any_more(
     publish(site, site.opened[0], [frame(plan)] * 5, segment=plan.count)
     tried = _refuse_superpackets(monkeypatch, plan.count)
 
-    tun_drain(site).drain(10)
+    drain = tun_drain(site)
+
+    drain.drain(10)
 
     assert site.received() == [bytes(10) + packet for packet in plan.packets()] * 5
     assert len(tried) == 3
+    assert drain.given_up == "tso and uso towards the local stack"
     assert site.stats()["mp.tun.split"] == 5
 
 

@@ -302,6 +302,7 @@ def test_where_the_device_cannot_cut_all_goes_singly_from_then_on(line: Line, nu
 
     assert line.calls == [("sendto", STEP)] * 10
     assert line.site.stats()["mp.udp.gso_off"] == 1
+    assert line.drain.given_up == "udp_segment"
     assert line.site.stats()["mp.udp.tx.packets"] == 30
     assert line.site.drops() == {}
 
