@@ -245,7 +245,7 @@ def joinable(shape: Shape, headers: Rows, payload: Rows, size: int, last: int) -
 
     `shape` is that of the first; `size` are the bytes of each packet, `last` those of the last one. Headers
     and payloads may lie anywhere; of the last payload only what belongs to it is looked at. What is cheap is
-    looked at first, and payload only of packets whose headers fit. 14 us for 49 packets of which all join.
+    looked at first, and payload only of packets whose headers fit. 20 us for 49 packets of which all join.
     """
     if _all_join(shape, headers, payload, size, last):
         return headers.height
