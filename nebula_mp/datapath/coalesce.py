@@ -343,10 +343,12 @@ def _expected(
         rest_of_last += (count - 1) * piece + pushed
     full = count if last == size else count - 1
     sums = Words(payload.top(full), 0, piece).swapped_sums(0, full)
-    sums += swapped(rest) if is_udp else _swapped_ramp(full, piece) + swapped(rest)
+    if not is_udp:
+        sums += _swapped_ramp(full, piece)
     if full == count:
         sums[-1] += swapped(pushed)
-    rows.top(full).fields(checksum_at, np.uint16)[...] = swapped_fields(sums, is_udp=is_udp)
+    fields = swapped_fields(sums, is_udp=is_udp, rest=swapped(rest))
+    rows.top(full).fields(checksum_at, np.uint16)[...] = fields
     if full < count:
         at = payload.offset + full * payload.stride
         rest_of_last += plain_sum(payload.memory[at : at + last - header_bytes])
