@@ -8,8 +8,7 @@ Source: Noise section 12 (cipher functions); RFC 8439; NIST SP 800-38D.
 import struct
 from collections import deque
 from collections.abc import Iterable, Sequence
-from itertools import chain, count
-from operator import length_hint
+from itertools import count
 from typing import Final
 
 from cryptography.exceptions import InvalidTag
@@ -93,21 +92,19 @@ class Aead:
 
         The place of a packet may overlap those of earlier ones: gives a copy of each of `kept`, made when its
         packet had been opened and before the next one was. On AuthError the `out` of the packet that did not
-        fit is all zeros, and nothing behind it was opened. 0.65 us for each packet of 1300 bytes.
+        fit is all zeros, and nothing behind it was opened. 0.7 us for each packet of 1300 bytes.
         """
-        assert len(associated_data) == len(ciphertexts) == len(outs) == len(kept) > 0
-        places = iter(outs)
-        opened = map(
-            self._cipher.decrypt_into, map(self._nonce, counters), ciphertexts, associated_data, places
-        )
-        # Without a statement for each packet, which would cost 0.1 us: `zip` copies one of `kept`, then opens
-        # the next packet. So the first copy is of nothing yet, and the last one is made behind all.
-        copies = map(memoryview.tobytes, chain(kept[:1], kept))
+        opened: list[bytes] = []
+        add, decrypt = opened.append, self._cipher.decrypt_into
+        nonces = map(self._nonce, counters)
+        out = outs[0]
         try:
-            found = [copy for copy, _ in zip(copies, opened, strict=False)]
+            for nonce, data, ciphertext, out, keep in zip(
+                nonces, associated_data, ciphertexts, outs, kept, strict=True
+            ):
+                decrypt(nonce, ciphertext, data, out)
+                add(keep.tobytes())
         except InvalidTag:
-            number = len(outs) - length_hint(places) - 1
-            outs[number][:] = bytes(len(outs[number]))
-            raise AuthError(f"authentication tag of packet {number} of a batch does not fit") from None
-        found.append(kept[-1].tobytes())
-        return found[1:]
+            out[:] = bytes(len(out))
+            raise AuthError(f"authentication tag of packet {len(opened)} of a batch does not fit") from None
+        return opened

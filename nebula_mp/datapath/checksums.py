@@ -138,10 +138,15 @@ def udp_checksum_fields(sums: Numbers) -> Numbers:
     return 0xFFFF - sums % 0xFFFF
 
 
-def swapped_fields(sums: Numbers, *, is_udp: bool) -> Numbers:
-    """Give what the functions above give, in words of this machine, for sums in words of this machine."""
+def swapped_fields(sums: Numbers, *, is_udp: bool, rest: int = 0) -> Numbers:
+    """Give what the functions above give, in words of this machine, for sums in words of this machine.
+
+    `rest` is added to all sums first, without a call for it.
+    """
     # To swap the bytes of a remainder is to multiply it by 256 modulo 65535: 0 and 0xFFFF stay what they are.
-    return 0xFFFF - sums % 0xFFFF if is_udp else np.negative(sums) % 0xFFFF
+    if is_udp:
+        return 0xFFFF - (sums + rest) % 0xFFFF
+    return (-rest - sums) % 0xFFFF
 
 
 def are_right(sums: Numbers) -> NDArray[np.bool_]:

@@ -245,7 +245,7 @@ def joinable(shape: Shape, headers: Rows, payload: Rows, size: int, last: int) -
 
     `shape` is that of the first; `size` are the bytes of each packet, `last` those of the last one. Headers
     and payloads may lie anywhere; of the last payload only what belongs to it is looked at. What is cheap is
-    looked at first, and payload only of packets whose headers fit. 14 us for 49 packets of which all join.
+    looked at first, and payload only of packets whose headers fit. 20 us for 49 packets of which all join.
     """
     if _all_join(shape, headers, payload, size, last):
         return headers.height
@@ -343,10 +343,12 @@ def _expected(
         rest_of_last += (count - 1) * piece + pushed
     full = count if last == size else count - 1
     sums = Words(payload.top(full), 0, piece).swapped_sums(0, full)
-    sums += swapped(rest) if is_udp else _swapped_ramp(full, piece) + swapped(rest)
+    if not is_udp:
+        sums += _swapped_ramp(full, piece)
     if full == count:
         sums[-1] += swapped(pushed)
-    rows.top(full).fields(checksum_at, np.uint16)[...] = swapped_fields(sums, is_udp=is_udp)
+    fields = swapped_fields(sums, is_udp=is_udp, rest=swapped(rest))
+    rows.top(full).fields(checksum_at, np.uint16)[...] = fields
     if full < count:
         at = payload.offset + full * payload.stride
         rest_of_last += plain_sum(payload.memory[at : at + last - header_bytes])
