@@ -70,6 +70,39 @@ def e2e_modes(session: nox.Session) -> None:
 
 
 @nox.session
+def offload_matrix(session: nox.Session) -> None:
+    """Each offload off in turn, and all of them; 1, 2, 4 workers x drain modes, chosen as in e2e_modes."""
+    install(session)
+    session.run("tools/get-peers", PEERS, external=True)
+    for workers in os.environ.get("NEBULA_MP_TEST_WORKERS", "1 2 4").split():
+        for drain in os.environ.get("NEBULA_MP_TEST_DRAIN", "auto writer reader").split():
+            mode = {"NEBULA_MP_TEST_WORKERS": workers, "NEBULA_MP_TEST_DRAIN": drain}
+            session.log(f"{workers} workers, drained by {drain}")
+            session.run(
+                "pytest", "tests/e2e/test_offloads.py", *session.posargs, env={"NEBULA_PEERS": PEERS, **mode}
+            )
+
+
+@nox.session
+def lossy_long(session: nox.Session) -> None:
+    """1 GB each way while datagrams are lost, repeated, reordered; NEBULA_MP_TEST_LOSSY_BYTES: how much."""
+    install(session)
+    session.run("tools/get-peers", PEERS, external=True)
+    size = os.environ.get("NEBULA_MP_TEST_LOSSY_BYTES", "1e9")
+    env = {"NEBULA_PEERS": PEERS, "NEBULA_MP_TEST_LOSSY_BYTES": size}
+    session.run("pytest", "tests/e2e/test_lossy.py", "-s", *session.posargs, env=env)
+
+
+@nox.session
+def verify_packets(session: nox.Session) -> None:
+    """10 million packets out of a tunnel, each verified; NEBULA_MP_TEST_PACKETS sets another number."""
+    install(session)
+    session.run("tools/get-peers", PEERS, external=True)
+    env = {"NEBULA_PEERS": PEERS, "NEBULA_MP_TEST_PACKETS": os.environ.get("NEBULA_MP_TEST_PACKETS", "1e7")}
+    session.run("pytest", "tests/e2e/test_verified_packets.py", "-s", *session.posargs, env=env)
+
+
+@nox.session
 def deaths_long(session: nox.Session) -> None:
     """600 kills, one a second, in place of 30; NEBULA_MP_TEST_KILLS sets another number."""
     install(session)

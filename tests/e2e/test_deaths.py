@@ -4,6 +4,7 @@ The peer is a real 1.11.0, which must not notice: no handshake, nothing altered,
 How long each silence was is printed; what is asserted leaves room for a busy machine.
 """
 
+import math
 import os
 import signal
 import time
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.e2e
 BASIC = Variant("v1-25519")
 PEER = "1.11.0"
 KILLS = int(os.environ.get("NEBULA_MP_TEST_KILLS", "30"))
+PACED = 4_000_000
 PINGS = 50
 PINGS_LOST_MAX = 1
 DEATHS_TO_BE_GIVEN_UP = 5
@@ -75,18 +77,26 @@ def _signal(process: Process, number: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize(
-    ("workers", "drain", "kills"),
-    [(2, "auto", KILLS), (1, "writer", KILLS // 3), (2, "writer", KILLS // 3), (4, "reader", KILLS // 3)],
+    ("workers", "drain", "kills", "pace_bytes_s"),
+    [
+        pytest.param(2, "auto", KILLS, PACED, id="two-workers"),
+        pytest.param(1, "writer", KILLS // 3, PACED, id="one-worker-drained-by-its-writer"),
+        pytest.param(2, "writer", KILLS // 3, PACED, id="two-workers-drained-by-their-writers"),
+        pytest.param(4, "reader", KILLS // 3, PACED, id="four-workers-drained-by-their-readers"),
+        pytest.param(1, "auto", KILLS // 3, math.inf, id="one-worker-under-full-load"),
+        pytest.param(2, "writer", KILLS // 3, math.inf, id="two-workers-under-full-load"),
+    ],
 )
 def test_transfers_survive_the_kill_of_one_process_after_the_other(
-    make_pair: MakePair, workers: int, drain: str, kills: int
+    make_pair: MakePair, workers: int, drain: str, kills: int, pace_bytes_s: float
 ) -> None:
     pair = _pair(make_pair, workers=workers, drain=drain)
     names = _children(pair.a)
     killed: Counter[str] = Counter()
     absent_ms: list[str] = []
 
-    with Wiretap(pair.wire) as tap, BothWays(*_ends(pair, pair.a)) as transfers:
+    ends = _ends(pair, pair.a)
+    with Wiretap(pair.wire) as tap, BothWays(*ends, pace_bytes_s=pace_bytes_s) as transfers:
         began = time.monotonic()
         for number in range(kills):
             _sleep_until(began + number)

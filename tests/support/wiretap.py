@@ -2,7 +2,8 @@
 
 Data flow: router's devices -> packet socket -> [support.wiretap] -> one JSON line -> Report -> tests/e2e
 `netns.Recorder` keeps every datagram in the test's own process; this one keeps up with tens of thousands a
-second because it keeps only a hash of each. Knows the Nebula header and nothing behind it.
+second because it keeps only a hash of each, of the latest one to two million. Knows the Nebula header and
+nothing behind it.
 Source: packet(7), RFC 768, RFC 791, RFC 8200, docs/wire-format.md.
 """
 
@@ -26,6 +27,7 @@ from tests.support.peers import CLONE
 _BUFFER_BYTES = 128 << 20
 _HEADER = struct.Struct("!BBHIQ")
 _CLEAR = (MessageType.HANDSHAKE, MessageType.RECV_ERROR)  # their counters say nothing about a key
+_CONTENTS_MAX = 1_000_000  # then they become the ones before, and those are forgotten
 _END_WITHIN_S = 30.0
 
 
@@ -51,6 +53,8 @@ class Watch:
     def __init__(self) -> None:
         self._datagrams: dict[bytes, Counter[int]] = {}
         self._contents: dict[tuple[bytes, int, int], int] = {}
+        self._contents_before: dict[tuple[bytes, int, int], int] = {}
+        self._sealed: Counter[bytes] = Counter()
         self._resent: Counter[bytes] = Counter()
         self._clashes: set[tuple[bytes, int, int]] = set()
 
@@ -66,9 +70,12 @@ class Watch:
         if kind in _CLEAR:
             return
         key, content = (source, index, counter), hash(packet[start:])
-        before = self._contents.get(key)
+        before = self._contents.get(key, self._contents_before.get(key))
         if before is None:
             self._contents[key] = content
+            self._sealed[source] += 1
+            if len(self._contents) > _CONTENTS_MAX:
+                self._contents, self._contents_before = {}, self._contents
         elif before == content:
             self._resent[source] += 1
         else:
@@ -76,13 +83,12 @@ class Watch:
 
     def fields(self, missed: int) -> dict[str, Any]:
         """Those of a Report."""
-        sealed = Counter(source for source, _, _ in self._contents)
         return {
             "datagrams": {
                 _text(source): {_name(kind): amount for kind, amount in counts.items()}
                 for source, counts in self._datagrams.items()
             },
-            "sealed": {_text(source): amount for source, amount in sealed.items()},
+            "sealed": {_text(source): amount for source, amount in self._sealed.items()},
             "resent": {_text(source): amount for source, amount in self._resent.items()},
             "clashes": {
                 _text(source): sorted(
