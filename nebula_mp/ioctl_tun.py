@@ -1,10 +1,17 @@
-"""The overlay device: one TUN queue, packet by packet.
+"""The overlay device: one TUN queue, its offloads, and writing to it packet by packet.
 
-Data flow: local stack -> TUN -> [ioctl_tun] -> workers.control -> [ioctl_tun] -> TUN -> local stack
+Data flow: workers.control -> [ioctl_tun] -> TUN -> local stack; its descriptor -> readers, writers
 python-pytun creates the device; its descriptor is inheritable and blocking and its calls copy or refuse
-buffers, so everything after that happens on a duplicate with ioctl, read and write.
+buffers, so everything after that happens on a duplicate with ioctl and write.
 Knows nothing of addresses and routes (netlink) or of what a packet means.
-Source: Linux Documentation/networking/tuntap.rst, netdevice(7); Nebula's `tun` keys.
+Source: Linux Documentation/networking/tuntap.rst, include/uapi/linux/if_tun.h, drivers/net/tun.c;
+netdevice(7); Nebula's `tun` keys.
+
+Offloads are the device's, not a queue's. The kernel refuses a set of them as a whole: for an unknown one, for
+TSO or USO without checksums, for USO over one version of IP only. With any of them every packet has a header
+of `datapath.virtio` in front, at every queue, in both directions. Whether it has is settled when the device
+is created, so a driver that refuses all of them gets the device created anew. IFF_NAPI is not set: it gains
+nothing on a TUN device.
 """
 
 import contextlib
@@ -15,19 +22,24 @@ import re
 import select
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 
 import pytun
 
-from nebula_mp.config.model import TunConfig
+from nebula_mp.config.model import NO_OFFLOADS, Offloads, TunConfig
+from nebula_mp.datapath.virtio import HEADER_BYTES
 from nebula_mp.errors import SystemCallError
 
 DEVICE_NODE = "/dev/net/tun"
 _NAME_BYTES_MAX = 15
-_READ_BYTES = 65535
 _WRITE_WAIT_MS = 10
+_TUNSETOFFLOAD = 0x400454D0
+_TUN_F_CSUM = 0x01
+_TUN_F_TSO = 0x02 | 0x04 | 0x08  # over IPv4, over IPv6, with ECN
+_TUN_F_USO = 0x20 | 0x40  # over IPv4, over IPv6
 _SIOCSIFTXQLEN = 0x8943
 _SIOCSIFMTU = 0x8922
 _REQUEST = struct.Struct("16si20x")  # struct ifreq with one int in its union
@@ -57,13 +69,16 @@ class TunLostError(SystemCallError):
 
 
 class TunDevice:
-    """`open`, then `read` when readable and `write` at any time; the device ends with `close`.
+    """`open`, then `write` at any time; the device ends with `close`.
 
-    `read` and `write` raise TunLostError when somebody deleted the device, and nothing else that a
-    packet can cause.
+    `write` raises TunLostError when somebody deleted the device, and nothing else that a packet can cause.
     """
 
-    def __init__(self, descriptor: int, name: str) -> None:
+    def __init__(self, descriptor: int, name: str, offloads: Offloads = NO_OFFLOADS) -> None:
+        """Of a descriptor whose device was created with `offloads`."""
+        self.offloads = offloads
+        """Granted; only `tso` and `uso` are the device's."""
+        self._header = bytes(HEADER_BYTES) if offloads.tun_header else b""  # of a packet that is complete
         self._descriptor = descriptor
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLOUT)
@@ -71,28 +86,24 @@ class TunDevice:
         self.again = 0  # writes that had to wait until the queue was writable
 
     @classmethod
-    def open(cls, config: TunConfig) -> tuple["TunDevice", tuple[str, ...]]:
+    def open(cls, config: TunConfig, wanted: Offloads = NO_OFFLOADS) -> tuple["TunDevice", tuple[str, ...]]:
         """Create the device, still down, with its MTU and queue length. Returns it and warnings.
 
-        Refuses to attach to a device that exists. Raises SystemCallError that names the device, the
-        reason and what to do; exit code 4 where a capability is missing.
+        It has those of the `wanted` offloads that the kernel grants. Refuses to attach to a device that
+        exists. Raises SystemCallError that names the device, the reason and what to do; exit code 4 where a
+        capability is missing.
         """
         check_name(config.dev)
-        wanted = config.dev or ""
-        flags = pytun.IFF_TUN | pytun.IFF_NO_PI | pytun.IFF_TUN_EXCL
+        name = config.dev or ""
         try:
-            created = pytun.TunTapDevice(name=wanted, flags=flags, dev=DEVICE_NODE)
+            (device,), refusals = create_with_offloads(
+                lambda offloads: (create_queue(name, pytun.IFF_TUN_EXCL, offloads),), wanted
+            )
         except OSError as error:
-            raise _create_error(wanted, error) from None
+            raise _create_error(name, error) from None
         try:
-            descriptor = fcntl.fcntl(created.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
-            device = cls(descriptor, created.name)
-        finally:
-            created.close()  # the duplicate keeps the device
-        try:
-            os.set_blocking(descriptor, False)
             device.set_mtu(config.mtu)
-            return device, device.set_queue_length(config.tx_queue)
+            return device, (*refusals, *device.set_queue_length(config.tx_queue))
         except BaseException:
             device.close()
             raise
@@ -133,24 +144,11 @@ class TunDevice:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as control:
             fcntl.ioctl(control, request, _REQUEST.pack(self.name.encode(), value))
 
-    def read(self, budget: int) -> Iterator[bytes]:
-        """At most `budget` IP packets that the local stack wants delivered, until the queue is empty."""
-        for _ in range(budget):
-            try:
-                packet = os.read(self._descriptor, _READ_BYTES)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno in _DELETED:
-                    raise TunLostError(self.name) from None
-                raise
-            yield packet
-
     def write(self, packet: bytes) -> WriteFault | None:
-        """Hand one IP packet to the local stack; None, or why it was dropped. Waits at most 10 ms."""
+        """Hand a whole IP packet to the local stack; None, or why it was dropped. Waits at most 10 ms."""
         for last in (False, True):
             try:
-                os.write(self._descriptor, packet)
+                os.write(self._descriptor, self._header + packet)
             except BlockingIOError:
                 self.again += 1
                 if last or not self._poll.poll(_WRITE_WAIT_MS):
@@ -166,6 +164,67 @@ class TunDevice:
             else:
                 return None
         return WriteFault.FULL
+
+
+def create_queue(name: str, flags: int, offloads: Offloads) -> TunDevice:
+    """Create a device, or open one more queue of it: `flags` say which. Raises OSError.
+
+    It has a header in front of its packets if `offloads` need one; they are not asked for here.
+    """
+    flags |= pytun.IFF_TUN | pytun.IFF_NO_PI | (pytun.IFF_VNET_HDR if offloads.tun_header else 0)
+    created = pytun.TunTapDevice(name=name, flags=flags, dev=DEVICE_NODE)
+    try:
+        # Our own descriptor: that of the package is inheritable and blocking.
+        descriptor = fcntl.fcntl(created.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
+        name = created.name
+    finally:
+        created.close()  # the duplicate keeps the device
+    os.set_blocking(descriptor, False)
+    return TunDevice(descriptor, name, offloads)
+
+
+def create_with_offloads(
+    create: Callable[[Offloads], tuple[TunDevice, ...]], wanted: Offloads
+) -> tuple[tuple[TunDevice, ...], tuple[str, ...]]:
+    """Have a device created with those of the `wanted` offloads that the kernel grants; and warnings.
+
+    `create` gives all queues of a device that is down. Raises what it raises, and nothing is left then.
+    """
+    queues = create(wanted)
+    granted, reason = _ask_for_offloads(queues[0], wanted)
+    if granted.tun_header != wanted.tun_header:
+        for queue in queues:
+            queue.close()
+        queues = create(granted)
+    for queue in queues:
+        queue.offloads = granted
+    return queues, _refusals(queues[0].name, wanted, granted, reason)
+
+
+def _ask_for_offloads(device: TunDevice, wanted: Offloads) -> tuple[Offloads, str]:
+    """Give what the driver has of it, and why it has not the rest."""
+    reason = ""
+    granted = wanted
+    while granted.tun_header:
+        flags = _TUN_F_CSUM | (_TUN_F_TSO if granted.tso else 0) | (_TUN_F_USO if granted.uso else 0)
+        try:
+            fcntl.ioctl(device.fileno(), _TUNSETOFFLOAD, flags)
+            break
+        except OSError as error:
+            reason = _name(error)
+        granted = replace(granted, uso=False, tso=granted.tso and granted.uso)
+    return granted, reason
+
+
+def _refusals(name: str, wanted: Offloads, granted: Offloads, reason: str) -> tuple[str, ...]:
+    """Say what a refusal costs; what was not wanted is none."""
+    if wanted.tso and not granted.tso:
+        cost = "each packet costs a call of its own, and TCP about three times the CPU"
+        return (f"tun {name!r}: the kernel refused all offloads ({reason}): {cost}",)
+    if wanted.uso and not granted.uso:
+        cost = "each costs a call of its own; USO needs Linux 6.2"
+        return (f"tun {name!r}: the kernel does not join UDP packets ({reason}): {cost}",)
+    return ()
 
 
 def check_name(name: str | None) -> None:

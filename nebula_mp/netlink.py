@@ -4,13 +4,16 @@ Data flow: workers.control -> [netlink] -> kernel; kernel -> [netlink] AddressWa
 `configure` uses pyroute2's synchronous IPRoute, which must not run inside an event loop: call it before
 the loop starts, or in a thread. The watcher is a raw AF_NETLINK socket for `loop.add_reader`.
 Knows nothing of certificates or peers.
-Source: rtnetlink(7); Nebula's order and route attributes for its own networks.
+Source: rtnetlink(7); Linux Documentation/networking/ip-sysctl.rst; Nebula's order and route attributes for
+its own networks.
 """
 
+import contextlib
 import errno
 import ipaddress
 import socket
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pyroute2 import IPRoute, NetlinkError
@@ -48,6 +51,28 @@ def configure(device: str, networks: Sequence[IPInterface], mtu_bytes: int) -> N
         _bring_up(ipr, index, device)
         for interface in networks:
             _set_route(ipr, index, device, interface, mtu_bytes)
+
+
+def limit_segments(device: str, segments: int) -> bool:
+    """Let the kernel join at most so many packets, 1 to 65535, into one for `device`; False if it refuses.
+
+    Raises SystemCallError if there is no such device.
+    """
+    with IPRoute() as ipr:
+        try:
+            ipr.link("set", index=_index(ipr, device), IFLA_GSO_MAX_SEGS=segments)
+        except NetlinkError:
+            return False
+        return True
+
+
+def forwards() -> bool:
+    """Whether this machine passes packets on, from any device, of either version of IP; False if unknown."""
+    with contextlib.suppress(OSError):
+        for setting in Path("/proc/sys/net").glob("ipv[46]/conf/*/forwarding"):
+            if setting.read_text().strip() not in ("", "0"):
+                return True
+    return False
 
 
 def _index(ipr: IPRoute, device: str) -> int:

@@ -68,6 +68,8 @@ _ALLOW_BOTH: Final = _ALLOW | _ALLOW << _INBOUND_SHIFT
 _KEY = struct.Struct("<16s16sHHBB2x")
 _KEY_WORDS = struct.Struct("<5Q")
 _REST = struct.Struct("<QII")  # peer, timeout, verdicts
+_ROW_BYTES: Final = FLOW_ROW.size
+_BUCKET_BYTES: Final = BUCKET.size
 _KEY_AT: Final = FLOW_ROW.fields["local"].offset
 _REST_AT: Final = FLOW_ROW.fields["peer"].offset
 _TAGS_AT: Final = BUCKET.fields["tags"].offset
@@ -79,6 +81,8 @@ _PROTOCOL: Final = FLOW_ROW.fields["protocol"].offset - _KEY_AT
 # Which row makes room for a new flow: the lowest of these, then the longest without a packet.
 _DEAD, _REFUSAL, _IDLE, _IDLE_TCP, _NOT_IDLE, _NONE = range(6)
 _TRIES: Final = 3  # to read a row that is being written; a miss only costs an upcall
+
+_MISSED_MAX: Final = 1024
 
 _U32: Final = 2**32 - 1
 _U64: Final = 2**64 - 1
@@ -131,7 +135,7 @@ class _Memory:
 
     def tags(self, bucket: int) -> list[int]:
         """Tags of a bucket's rows; 0: never used."""
-        at = (ROWS_AT + bucket * BUCKET.size + _TAGS_AT) // 4
+        at = ROWS_AT + bucket * _BUCKET_BYTES + _TAGS_AT >> 2
         return self.halves[at : at + BUCKET_ROWS].tolist()
 
 
@@ -172,7 +176,7 @@ class FlowTable:
         packed = pack_key(key)
         bucket, tag = self._memory.place(packed)
         verdicts = _REFUSE << _INBOUND_SHIFT if inbound else _REFUSE
-        present = self._find(bucket, tag, packed)
+        present = self._find(bucket, self._memory.tags(bucket), tag, packed)
         if present is not None:
             row = self._read(bucket, present)
             if row is not None and row.holds(self.rules_generation, now_ms):
@@ -186,7 +190,7 @@ class FlowTable:
         """Forget a flow; False if it is not there."""
         packed = pack_key(key)
         bucket, tag = self._memory.place(packed)
-        number = self._find(bucket, tag, packed)
+        number = self._find(bucket, self._memory.tags(bucket), tag, packed)
         if number is None:
             return False
         half = _row_at(bucket, number) // 4
@@ -200,31 +204,34 @@ class FlowTable:
         """When this flow last had a packet or was inserted; None if it is not there. Up to a step late."""
         packed = pack_key(key)
         bucket, tag = self._memory.place(packed)
-        number = self._find(bucket, tag, packed)
+        number = self._find(bucket, self._memory.tags(bucket), tag, packed)
         return None if number is None else self._memory.seen[_seen_at(bucket, number)]
 
     def _store(self, key: bytes, rest: bytes, now_ms: int) -> Displaced | None:
         memory = self._memory
         bucket, tag = memory.place(key)
-        number = self._find(bucket, tag, key)
+        tags = memory.tags(bucket)
+        number = self._find(bucket, tags, tag, key)
         displaced = None
         if number is None:
-            number, displaced = self._make_room(bucket, now_ms)
+            number, displaced = self._make_room(bucket, tags, now_ms)
         at = _row_at(bucket, number)
-        half = at // 4
+        half = at >> 2
         # `| 1` takes over a row that a predecessor left half written.
         sequence = memory.halves[half] | 1
         memory.halves[half] = sequence
         memory.halves[_tag_at(bucket, number)] = tag
         memory.seen[_seen_at(bucket, number)] = now_ms
-        memory.halves[half + 1] = self.rules_generation
-        memory.data[at + _KEY_AT : at + FLOW_ROW.size] = key + rest
+        memory.halves[half + 1] = memory.words[RULES_GENERATION]
+        memory.data[at + _KEY_AT : at + _ROW_BYTES] = key + rest
         memory.halves[half] = sequence + 1 & _U32
         return displaced
 
-    def _find(self, bucket: int, tag: int, key: bytes) -> int | None:
+    def _find(self, bucket: int, tags: list[int], tag: int, key: bytes) -> int | None:
         """Row of the bucket that has this key and is whole."""
-        for number, each in enumerate(self._memory.tags(bucket)):
+        if tag not in tags:  # nearly every new flow
+            return None
+        for number, each in enumerate(tags):
             if each == tag:
                 row = self._read(bucket, number)
                 if row is not None and row.key == key:
@@ -242,16 +249,18 @@ class FlowTable:
         seen_ms = self._memory.seen[_seen_at(bucket, number)]
         return _Row(data[_KEY_AT:_REST_AT], rules_generation, peer, timeout_ms, verdicts, seen_ms)
 
-    def _make_room(self, bucket: int, now_ms: int) -> tuple[int, Displaced | None]:
-        """Choose a row: one that does not hold, a refusal, the longest idle that is not TCP, then of TCP.
+    def _make_room(self, bucket: int, tags: list[int], now_ms: int) -> tuple[int, Displaced | None]:
+        """Choose a row: a free one, or one that does not hold, a refusal, the longest idle, TCP last.
 
         If no flow is idle the one goes whose latest packet is oldest.
         """
+        if 0 in tags:
+            return tags.index(0), None
         generation = self.rules_generation
         best, best_rank, best_row = 0, (_NONE, 0), None
-        for number, tag in enumerate(self._memory.tags(bucket)):
+        for number in range(BUCKET_ROWS):
             row = self._read(bucket, number)
-            if not tag or row is None:
+            if row is None:
                 return number, None
             age = now_ms - row.seen_ms
             if not row.holds(generation, now_ms):
@@ -286,6 +295,8 @@ class FlowView:
         self._seen = seen.words
         self._remembered: dict[FlowKey, _Remembered] = {}
         self._remembered_max = remembered_max
+        # Where a flow that was not there will be: its next packet mostly finds it, and need not hash again.
+        self._missed: dict[FlowKey, tuple[bytes, int, int]] = {}
 
     def outbound(self, key: FlowKey, now_ms: int) -> PeerRef | None:
         """Whom a packet from the local stack goes to; REFUSED: drop it; None: only control knows."""
@@ -326,10 +337,14 @@ class FlowView:
     def _find(self, key: FlowKey) -> "_Remembered | None":
         """Look the key up in the table and remember its row."""
         memory = self._memory
-        packed = pack_key(key)
-        bucket, tag = memory.place(packed)
-        for number, each in enumerate(memory.tags(bucket)):
-            if each != tag:
+        place = self._missed.pop(key, None)
+        if place is None:
+            packed = pack_key(key)
+            place = packed, *memory.place(packed)
+        packed, bucket, tag = place
+        tags = memory.tags(bucket)
+        for number in range(BUCKET_ROWS) if tag in tags else ():
+            if tags[number] != tag:
                 continue
             at = _row_at(bucket, number)
             half = at // 4
@@ -357,6 +372,9 @@ class FlowView:
                     PeerRef(peer),
                 )
                 return found
+        if len(self._missed) >= _MISSED_MAX:
+            self._missed.clear()
+        self._missed[key] = place
         return None
 
 
@@ -383,20 +401,21 @@ def unpack_key(packed: bytes) -> FlowKey:
 def flow_hash(seeds: tuple[int, ...], key: bytes) -> int:
     """Hash the 40 bytes of a key, five little-endian u64, with six secret u64: three multiply-folds."""
     a, b, c, d, e = _KEY_WORDS.unpack(key)
+    p, q, r, s, t, u = seeds
     # A fold is the low half of the 128-bit product xor its high half.
-    local: int = (a ^ seeds[0]) * (b ^ seeds[1])
-    remote: int = (c ^ seeds[2]) * (d ^ seeds[3])
-    hashed: int = ((local ^ local >> 64 ^ e ^ seeds[4]) & _U64) * ((remote ^ remote >> 64 ^ seeds[5]) & _U64)
+    local: int = (a ^ p) * (b ^ q)
+    remote: int = (c ^ r) * (d ^ s)
+    hashed: int = ((local ^ local >> 64 ^ e ^ t) & _U64) * ((remote ^ remote >> 64 ^ u) & _U64)
     return (hashed ^ hashed >> 64) & _U64
 
 
 def _row_at(bucket: int, number: int) -> int:
-    return ROWS_AT + bucket * BUCKET.size + _ROWS_IN_BUCKET_AT + number * FLOW_ROW.size
+    return ROWS_AT + bucket * _BUCKET_BYTES + _ROWS_IN_BUCKET_AT + number * _ROW_BYTES
 
 
 def _tag_at(bucket: int, number: int) -> int:
     """Index among the 4-byte words."""
-    return (ROWS_AT + bucket * BUCKET.size + _TAGS_AT) // 4 + number
+    return (ROWS_AT + bucket * _BUCKET_BYTES + _TAGS_AT >> 2) + number
 
 
 def _seen_at(bucket: int, number: int) -> int:

@@ -24,8 +24,10 @@ Layout. A ring is two regions, so that each side can map the other's words read-
     +192   u64 progress  consumer     open ring only: area number << 12 | entries begun
 
 An entry is `length` bytes at `offset` of the area's data. In the seal ring these are datagrams of `segment`
-bytes back to back, the last may be shorter, for the tunnel in `row`; in the open ring one packet for the TUN
-device; in upcall rings `segment` is the reason. Whatever is read is copied once, then checked, then used.
+bytes back to back, the last may be shorter, for the tunnel in `row`; `segment` 0 is one datagram. In the open
+ring they are what one write to the TUN device takes: a packet or a superpacket, with its virtio header if the
+device has one, and `segment` is the number of packets in it, 1 and up. In upcall rings `segment` is the
+reason. Whatever is read is copied once, then checked, then used.
 
 The state of an area follows from head and tail, so a death leaves nothing to repair. READY: tail <= n < head.
 DRAINING: n == tail, and its consumer is inside a system call. FILLING: n == head, if the producer is at it.
@@ -129,7 +131,7 @@ class Recovery(Enum):
     """What a successor of the consumer does with the area it finds half drained."""
 
     SEND_AGAIN = "send again"  # the receiver recognises copies
-    GO_ON_BEHIND = "go on behind"  # nothing is delivered twice, one entry may be lost
+    GO_ON_BEHIND = "go on behind"  # nothing is delivered twice, one entry, with all its packets, may be lost
 
 
 class Geometry(NamedTuple):
@@ -249,7 +251,21 @@ def _geometry(data: Mapping, state: Mapping) -> Geometry:
     return geometry
 
 
-class Producer:
+class _End:
+    """What both sides know of the ring."""
+
+    def __init__(self, data: Mapping, state: Mapping) -> None:
+        self.geometry = _geometry(data, state)
+        self._areas, area_bytes, self._entries_max = self.geometry
+        self._room = self.geometry.data_bytes
+        self._memory, self._words = data, data.words
+        # Of each area: the index of its first word, and its bytes for data.
+        self._firsts = [(PAGE_BYTES + number * area_bytes) // 8 for number in range(self._areas)]
+        ends = range(PAGE_BYTES + area_bytes, self.geometry.region_bytes + 1, area_bytes)
+        self._data = [data.data[end - self._room : end] for end in ends]
+
+
+class Producer(_End):
     """The filling side; one process at a time. `data` is mapped writable, `state` may be read-only.
 
     Call `try_begin`, fill `data`, describe it with `try_append` (`try_add` does both), then `publish`. Making
@@ -259,17 +275,13 @@ class Producer:
     def __init__(self, data: Mapping, state: Mapping, *, poison: bool = False) -> None:
         """`poison`: overwrite released areas with 0xDD, for tests. Raises RingError."""
         assert data.writable
-        self.geometry = _geometry(data, state)
-        self._memory = data
-        self._words = data.words
+        super().__init__(data, state)
         self._tail_words = state.words
         self._poison = bytes([POISON]) * self.geometry.area_bytes if poison else b""
         self._head = self._words[HEAD]
         tail = self._tail_words[TAIL]
         self._tail = tail
         self._check_tail(tail)
-        self._data = [area[self.geometry.data_offset :] for area in _areas(data, self.geometry)]
-        self._room = self.geometry.data_bytes
         # The area being filled:
         self._count = -1  # entries; -1: none is being filled
         self._used = 0  # bytes of data up to the last described one
@@ -292,12 +304,13 @@ class Producer:
         was emptied behind our back.
         """
         self._memory.check_generation()
-        if self.waiting() == self.geometry.areas:
+        if self.waiting() == self._areas:
             return False
+        number = self._head % self._areas
         self._count = 0
         self._used = 0
-        self._table = 8 * _first_word(self._head, self.geometry) + AREA_HEADER_BYTES
-        self._filling = self._data[self._head % self.geometry.areas]
+        self._table = 8 * self._firsts[number] + AREA_HEADER_BYTES
+        self._filling = self._data[number]
         return True
 
     def try_append(self, offset: int, length: int, segment: int = 0, row: int = 0) -> bool:
@@ -306,7 +319,7 @@ class Producer:
         assert count >= 0, "try_begin first"
         assert offset >= 0
         assert 0 < length <= self._room - offset
-        if count == self.geometry.entries_max:
+        if count == self._entries_max:
             return False
         at = self._table + _ENTRY.size * count
         _ENTRY.pack_into(self._memory.data, at, offset, length, segment, row)
@@ -325,7 +338,7 @@ class Producer:
     def publish(self) -> None:
         """Hand the area, which has an entry at least, to the consumer. Then drain it or ring."""
         assert self._count > 0, "nothing to publish"
-        base = _first_word(self._head, self.geometry)
+        base = self._firsts[self._head % self._areas]
         self._words[base + _COUNT] = self._count
         self._words[base + _NUMBER] = self._head
         self._count = -1
@@ -343,8 +356,8 @@ class Producer:
 
     def _check_tail(self, tail: int) -> None:
         """Take over the consumer's cursor. Raises RingError unless it lies between our last and head."""
-        if not self._tail <= tail <= self._head or self._head - tail > self.geometry.areas:
-            low = max(self._tail, self._head - self.geometry.areas)
+        if not self._tail <= tail <= self._head or self._head - tail > self._areas:
+            low = max(self._tail, self._head - self._areas)
             raise self._memory.contradiction("tail", tail, f"{low}..{self._head}")
         if self._poison:
             for number in range(self._tail, tail):
@@ -352,7 +365,7 @@ class Producer:
         self._tail = tail
 
     def _poison_area(self, number: int) -> None:
-        at = 8 * _first_word(number, self.geometry)
+        at = 8 * self._firsts[number % self._areas]
         self._memory.data[at : at + self.geometry.area_bytes] = self._poison
 
 
@@ -398,7 +411,7 @@ class DrainLease:
             raise self._state.contradiction("lease", f"{found:#x}", f"our own {self._holder:#x}")
 
 
-class Consumer:
+class Consumer(_End):
     """The draining side. `state` is mapped writable, `data` may be read-only.
 
     With a lease, everything below is between `try_take` and `drop`; without one (upcall and stranger rings,
@@ -419,21 +432,19 @@ class Consumer:
     ) -> None:
         """`segments`: entries' `segment` is a size, at most `length`; without, the caller checks what it is.
 
-        Raises RingError.
+        With `GO_ON_BEHIND` it is a number of packets, 1 and up; each has a byte at least. Raises RingError.
         """
         assert state.writable
-        self.geometry = _geometry(data, state)
+        super().__init__(data, state)
         self.resumed = 0
-        """How often an area was found half drained and its last begun entry passed over: perhaps lost."""
-        self._memory = data
-        self._words = data.words
+        """Packets in entries that were passed over, since a predecessor had begun them: perhaps lost."""
         self._state_words = state.words
         self._state = state
         self._lease = lease
         self._goes_on = recovery is Recovery.GO_ON_BEHIND
+        self._least = 1 if self._goes_on else 0  # packets; none would be missing in the sums of counters
         self._segments = segments
         self._rows = rows
-        self._data = [area[self.geometry.data_offset :] for area in _areas(data, self.geometry)]
         self._tail = self._head = state.words[TAIL]
         self._returned = -1  # the area whose last entry's call has returned
         self._drains = lease is None
@@ -462,8 +473,8 @@ class Consumer:
         assert self._drains, "try_take first"
         self._memory.check_generation()
         head = self._words[HEAD]
-        if not 0 <= head - self._tail <= self.geometry.areas:
-            low, high = self._tail, self._tail + self.geometry.areas
+        if not 0 <= head - self._tail <= self._areas:
+            low, high = self._tail, self._tail + self._areas
             raise self._memory.contradiction("head", head, f"{low}..{high}")
         self._head = head
         return head - self._tail
@@ -479,8 +490,8 @@ class Consumer:
         assert self._drains, "try_take first"
         assert self._head > tail, "pending first"
         entries = self._copy_entries(tail)
-        data = self._data[tail % self.geometry.areas]
-        first = self._begun(tail, len(entries)) if self._goes_on else 0
+        data = self._data[tail % self._areas]
+        first = self._begun(tail, entries) if self._goes_on else 0
         for number in range(first, len(entries)):
             entry = entries[number]
             if self._goes_on:
@@ -501,38 +512,41 @@ class Consumer:
     def _copy_entries(self, tail: int) -> list[Entry]:
         """The area's table, copied once and checked. Raises RingError."""
         self._check_number(tail)
-        geometry = self.geometry
-        base = _first_word(tail, geometry)
+        base = self._firsts[tail % self._areas]
         count = self._words[base + _COUNT]
-        if not 0 < count <= geometry.entries_max:
-            raise self._bad("entries", count, f"1..{geometry.entries_max}")
+        if not 0 < count <= self._entries_max:
+            raise self._bad("entries", count, f"1..{self._entries_max}")
         at = 8 * base + AREA_HEADER_BYTES
-        table = bytes(self._memory.data[at : at + _ENTRY.size * count])
-        entries = [Entry._make(fields) for fields in _ENTRY.iter_unpack(table)]
-        room = geometry.data_bytes
-        for offset, length, segment, row in entries:
-            if offset >= room:
-                raise self._bad("offset", offset, f"below {room}")
-            if not 0 < length <= room - offset:
-                raise self._bad("length", length, f"1..{room - offset} at {offset}")
-            if self._segments and segment > length:
-                raise self._bad("segment", segment, f"at most the length {length}")
-            if row >= self._rows:
-                raise self._bad("row", row, f"below {self._rows}")
-        return entries
+        if count == 1:  # a lone packet's
+            return [self._checked(_ENTRY.unpack_from(self._memory.data, at))]
+        copy = bytes(self._memory.data[at : at + _ENTRY.size * count])
+        return list(map(self._checked, _ENTRY.iter_unpack(copy)))
 
-    def _begun(self, tail: int, count: int) -> int:
-        """How many entries of this area a predecessor began. Raises RingError."""
+    def _checked(self, fields: tuple[int, int, int, int]) -> Entry:
+        offset, length, segment, row = fields
+        room = self._room - offset
+        if room <= 0:
+            raise self._bad("offset", offset, f"below {self._room}")
+        if not 0 < length <= room:
+            raise self._bad("length", length, f"1..{room} at {offset}")
+        if self._segments and not self._least <= segment <= length:
+            raise self._bad("segment", segment, f"{self._least}..{length}")
+        if row >= self._rows:
+            raise self._bad("row", row, f"below {self._rows}")
+        return tuple.__new__(Entry, fields)  # as in wire.ip
+
+    def _begun(self, tail: int, entries: list[Entry]) -> int:
+        """How many of these entries a predecessor began. Raises RingError."""
         number, begun = divmod(self._state_words[PROGRESS], _PROGRESS_MASK + 1)
-        if number > tail or (number == tail and begun > count):
-            raise self._state.contradiction("progress", (number, begun), f"at most {(tail, count)}")
+        if number > tail or (number == tail and begun > len(entries)):
+            raise self._state.contradiction("progress", (number, begun), f"at most {(tail, len(entries))}")
         if number < tail or begun == 0:
             return 0
-        self.resumed += 1
+        self.resumed += entries[begun - 1].segment if self._segments else 1
         return begun
 
     def _check_number(self, tail: int) -> None:
-        found = self._words[_first_word(tail, self.geometry) + _NUMBER]
+        found = self._words[self._firsts[tail % self._areas] + _NUMBER]
         if found != tail:
             raise self._bad("number", found, f"{tail}: it changed hands while it was ours")
 
@@ -564,8 +578,10 @@ class Bell:
 
     def ring(self) -> None:
         """Wake the consumer, now or when it next wants to sleep."""
-        with contextlib.suppress(BlockingIOError):  # rung 2^64 - 2 times already: it will wake
+        try:  # noqa: SIM105 - `suppress` takes longer than the system call
             os.eventfd_write(self.descriptor, 1)
+        except BlockingIOError:  # rung 2^64 - 2 times already: it will wake
+            pass
 
     def empty(self) -> None:
         """Forget that it was rung. Before looking at the rings, never after."""
@@ -584,13 +600,3 @@ class Bell:
         """Close the descriptor."""
         os.close(self.descriptor)
         self.descriptor = -1
-
-
-def _areas(data: Mapping, geometry: Geometry) -> list[memoryview]:
-    ends = range(PAGE_BYTES + geometry.area_bytes, geometry.region_bytes + 1, geometry.area_bytes)
-    return [data.data[end - geometry.area_bytes : end] for end in ends]
-
-
-def _first_word(number: int, geometry: Geometry) -> int:
-    """Index of the first word of area `number` among the data mapping's words."""
-    return (PAGE_BYTES + number % geometry.areas * geometry.area_bytes) // 8

@@ -26,6 +26,7 @@ DROPS = (
     "version",
     "type",
     "looped",
+    "early",  # before the answer to a handshake of ours: too many, or there was none
     "unknown_index",
     "truncated",
     "replay",
@@ -56,7 +57,7 @@ NAMES = (
     "mp.passes",
     # Microseconds of a core, stored about every 20 ms and before each sleep.
     "mp.cpu.us",
-    # What came in and went out; superpackets count as the packets they hold.
+    # What came in and went out; superpackets count as the packets they hold, with all their headers.
     "mp.tun.rx.packets",
     "mp.tun.rx.bytes",
     "mp.tun.tx.packets",
@@ -70,7 +71,7 @@ NAMES = (
     "mp.ring.full.open",
     "mp.ring.full.upcall",
     "mp.ring.full.stranger",
-    "mp.ring.resumed",
+    "mp.ring.resumed",  # packets that a killed consumer had begun to write: perhaps lost
     "mp.lease.refused",
     "mp.drain.switches",
     "mp.upcalls",
@@ -85,6 +86,7 @@ NAMES = (
     "mp.tun.drop.refused",
     "mp.tun.drop.again",
     "mp.tun.drop.lost",
+    "mp.tun.drop.offload",
     "mp.udp.gso_off",
     "mp.udp.drop.unreachable",
     "mp.udp.drop.toobig",

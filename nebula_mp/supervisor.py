@@ -238,6 +238,7 @@ class Supervisor:
                 "drain": running.config.mp.drain,
             },
         )
+        host.say_offloads()
         notify(READY, f"STATUS=device {host.device}, listening on {host.udp}")
 
     def _stop(self, exit_code: int = 0) -> None:

@@ -21,13 +21,14 @@ import os
 import socket
 import struct
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytun
 
-from nebula_mp.config.model import TunConfig
+from nebula_mp.config.model import Offloads, TunConfig
 from nebula_mp.errors import SystemCallError
-from nebula_mp.ioctl_tun import DEVICE_NODE, TunDevice, check_name
+from nebula_mp.ioctl_tun import DEVICE_NODE, TunDevice, check_name, create_queue, create_with_offloads
 
 _TUNSETOWNER = 0x400454CC
 _TUNSETQUEUE = 0x400454D9
@@ -42,39 +43,44 @@ class TunQueues:
     The device exists while any descriptor of any of its queues is open, in whichever process.
     """
 
-    def __init__(self, queues: tuple[TunDevice, ...]) -> None:
+    def __init__(self, queues: tuple[TunDevice, ...], offloads: Offloads) -> None:
         """Internal: use `open`."""
         self.queues = queues
+        self.offloads = offloads
+        """Granted: `tso`, `uso` and `multiqueue` are the device's, the others as they were wanted."""
         self._attached = set(range(len(queues)))
 
     @classmethod
-    def open(cls, config: TunConfig, count: int) -> tuple["TunQueues", tuple[str, ...]]:
+    def open(cls, config: TunConfig, count: int, wanted: Offloads) -> tuple["TunQueues", tuple[str, ...]]:
         """Create the device, still down, with `count` queues, its MTU and queue length; and warnings.
 
-        Where the kernel refuses several queues there is one, and a warning. Refuses to attach to a device
-        that exists. Raises SystemCallError as `TunDevice.open`.
+        It has those of the `wanted` offloads that the kernel grants. Where several queues are not wanted
+        there is one; where the kernel refuses them there is one, and a warning. Refuses to attach to a
+        device that exists. Raises SystemCallError as `TunDevice.open`.
         """
         assert count >= 1
-        if count == 1:
-            device, warnings = TunDevice.open(config)
-            return cls((device,)), warnings
+        if count == 1 or not wanted.multiqueue:
+            device, warnings = TunDevice.open(config, wanted)
+            return cls((device,), device.offloads), warnings
         check_name(config.dev)
         try:
-            queues = _open_queues(config.dev or "", count)
+            queues, refusals = create_with_offloads(
+                lambda offloads: _open_queues(config.dev or "", count, offloads), wanted
+            )
         except OSError as error:
             # What is wrong with the name, the device node or our rights is wrong with one queue as well, and
             # raised from here with its explanation.
-            device, warnings = TunDevice.open(config)
+            device, warnings = TunDevice.open(config, wanted)
             reason = errno.errorcode.get(error.errno or 0, str(error))
             refusal = (
                 f"tun {device.name!r}: the kernel refused {count} queues ({reason}): one reader serves all"
             )
-            return cls((device,)), (refusal, *warnings)
-        opened = cls(queues)
+            return cls((device,), replace(device.offloads, multiqueue=False)), (refusal, *warnings)
+        opened = cls(queues, queues[0].offloads)
         try:
             opened._refuse_strangers()
             queues[0].set_mtu(config.mtu)
-            return opened, queues[0].set_queue_length(config.tx_queue)
+            return opened, (*refusals, *queues[0].set_queue_length(config.tx_queue))
         except BaseException:
             opened.close()
             raise
@@ -153,25 +159,17 @@ def set_attached(queue: TunDevice, *, attached: bool) -> None:
         raise SystemCallError(f"tun {queue.name!r}: a queue could not be {verb} ({reason})") from None
 
 
-def _open_queues(name: str, count: int) -> tuple[TunDevice, ...]:
+def _open_queues(name: str, count: int, offloads: Offloads) -> tuple[TunDevice, ...]:
     """Create the device with its first queue, then open the others. Raises OSError, and nothing is left."""
     queues: list[TunDevice] = []
     with ExitStack() as undo:
-        flags = pytun.IFF_TUN | pytun.IFF_NO_PI | pytun.IFF_MULTI_QUEUE
         for number in range(count):
             exclusive = pytun.IFF_TUN_EXCL if number == 0 else 0
-            created = pytun.TunTapDevice(name=name, flags=flags | exclusive, dev=DEVICE_NODE)
-            try:
-                # Our own descriptor: that of the package is inheritable and blocking.
-                descriptor = fcntl.fcntl(created.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
-                name = created.name
-            finally:
-                created.close()
-            queue = TunDevice(descriptor, name)
+            queue = create_queue(name, pytun.IFF_MULTI_QUEUE | exclusive, offloads)
             undo.callback(queue.close)
+            name = queue.name
             if number == 0:
-                _set_owner(descriptor)
-            os.set_blocking(descriptor, False)
+                _set_owner(queue.fileno())
             queues.append(queue)
         undo.pop_all()
     return tuple(queues)

@@ -3,7 +3,7 @@
 Data flow: UDP :4242 -> [udp_socket] -> workers.control -> [udp_socket] -> UDP
 Makes system calls and names their faults; which fault leads to what is decided by the caller.
 Knows nothing of what is inside a datagram.
-Source: udp(7), ipv6(7), socket(7); Nebula's `listen` keys.
+Source: udp(7) on UDP_SEGMENT and UDP_GRO, ipv6(7), socket(7); Nebula's `listen` keys.
 """
 
 import errno
@@ -11,7 +11,7 @@ import ipaddress
 import select
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 
 import psutil
@@ -23,6 +23,12 @@ from nebula_mp.newtypes import IPAddress, UdpAddr
 DATAGRAM_BYTES_MAX = 9001
 """The largest datagram a Nebula node reads; a longer one is dropped."""
 
+UDP_SEGMENT = 103
+UDP_GRO = 104
+
+_BATCH_BYTES_MAX = 1 << 16  # what the kernel joins at most; what does not fit would be lost
+_SIZE = struct.Struct("=i")  # of each datagram of a batch
+_CONTROL_BYTES = socket.CMSG_SPACE(_SIZE.size)
 _CACHE_ENTRIES_MAX = 4096
 _SEND_WAIT_MS = 1
 _SO_SNDBUFFORCE = 32
@@ -68,11 +74,15 @@ class UdpSocket:
     they do raise means that the socket is gone.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, *, coalesces: bool = False) -> None:
+        """`coalesces` says whether UDP_GRO is on, which not every kernel that has it can be asked."""
         self._socket = sock
+        self._coalesces = coalesces
         self._dual = sock.family == socket.AF_INET6
         self._sources: dict[SockAddr, UdpAddr] = {}
         self._targets: dict[UdpAddr, SockAddr] = {}
+        self._last_to: UdpAddr | None = None
+        self._last_target: SockAddr | None = None
         self._poll = select.poll()
         self._poll.register(sock, select.POLLOUT)
         self.oversize = 0  # datagrams dropped because they were longer than DATAGRAM_BYTES_MAX
@@ -156,10 +166,14 @@ class UdpSocket:
         return int(_MEMINFO.unpack(raw)[8]) if len(raw) == _MEMINFO.size else 0
 
     def receive(self, budget: int) -> Iterator[tuple[bytes, UdpAddr]]:
-        """At most `budget` datagrams, one system call each, until the socket is empty.
+        """At most `budget` datagrams, until the socket is empty; more if the last come as one batch.
 
         Dropped ones (too long) count against the budget, so a flood of them cannot hold the loop.
         """
+        return self._receive_batches(budget) if self._coalesces else self._receive_singles(budget)
+
+    def _receive_singles(self, budget: int) -> Iterator[tuple[bytes, UdpAddr]]:
+        """One system call for each."""
         for _ in range(budget):
             try:
                 datagram, source = self._socket.recvfrom(DATAGRAM_BYTES_MAX + 1)
@@ -176,13 +190,48 @@ class UdpSocket:
             address = self._sources.get(source)
             yield datagram, address if address is not None else self._learn_source(source)
 
+    def _receive_batches(self, budget: int) -> Iterator[tuple[bytes, UdpAddr]]:
+        """One system call for all that the kernel has joined: of one size, but the last may be shorter."""
+        batch = memoryview(bytearray(_BATCH_BYTES_MAX))
+        while budget > 0:
+            try:
+                length, notes, flags, source = self._socket.recvmsg_into([batch], _CONTROL_BYTES)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in _OURS:
+                    raise
+                self.icmp += 1
+                budget -= 1
+                continue
+            size = _datagram_size(notes, length)
+            starts = range(0, max(1, length), size)
+            budget -= len(starts)
+            if flags & socket.MSG_TRUNC or size > DATAGRAM_BYTES_MAX:
+                self.oversize += len(starts)
+                continue
+            address = self._sources.get(source)
+            if address is None:
+                address = self._learn_source(source)
+            for start in starts:
+                yield bytes(batch[start : min(start + size, length)]), address
+
+    def segmentation_error(self) -> str | None:
+        """Why the kernel does not cut what is sent into datagrams (UDP_SEGMENT); None if it does."""
+        try:
+            self._socket.setsockopt(socket.IPPROTO_UDP, UDP_SEGMENT, 0)
+        except OSError as error:
+            return _name(error)
+        return None
+
     def send(self, datagram: bytes, to: UdpAddr) -> SendFault | None:
         """Send one datagram; None, or why it was dropped. Waits at most 1 ms for room in the buffer."""
-        target = self._targets.get(to)
+        target = self._last_target
+        if to is not self._last_to:  # mostly the same peer's again, and to hash an address takes 0.16 us
+            target = self._targets.get(to) or self._learn_target(to)
+            self._last_to, self._last_target = to, target
         if target is None:
-            target = self._learn_target(to)
-            if target is None:
-                return SendFault.UNREACHABLE
+            return SendFault.UNREACHABLE
         for last in (False, True):
             try:
                 self._socket.sendto(datagram, target)
@@ -213,6 +262,14 @@ class UdpSocket:
                 self._targets.clear()
             self._targets[to] = target
         return target
+
+
+def _datagram_size(notes: Sequence[tuple[int, int, bytes]], length: int) -> int:
+    """The size of each datagram of what was received but the last: all of it where nothing was joined."""
+    for level, kind, data in notes:
+        if level == socket.IPPROTO_UDP and kind == UDP_GRO and len(data) == _SIZE.size:
+            return max(1, int(_SIZE.unpack(data)[0]))
+    return max(1, length)
 
 
 def from_sockaddr(source: SockAddr) -> UdpAddr:

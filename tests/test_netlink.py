@@ -104,6 +104,48 @@ def test_a_device_that_is_gone_is_an_error_that_says_so(tun: TunDevice) -> None:
         netlink.configure(NAME, NETWORKS, 1280)
 
 
+def gso_max_segs() -> int:
+    with IPRoute() as ipr:
+        (link,) = ipr.get_links(ifname=NAME)
+        count: int = link.get_attr("IFLA_GSO_MAX_SEGS")
+        return count
+
+
+@pytest.mark.parametrize("segments", [1, 49, 65535])
+def test_the_number_of_packets_in_a_superpacket_is_limited(tun: TunDevice, segments: int) -> None:
+    assert netlink.limit_segments(NAME, segments)
+
+    assert gso_max_segs() == segments
+
+
+def test_a_limit_that_the_kernel_refuses_changes_nothing(tun: TunDevice) -> None:
+    netlink.limit_segments(NAME, 49)
+
+    assert not netlink.limit_segments(NAME, 65536)
+
+    assert gso_max_segs() == 49
+
+
+def test_a_limit_for_a_device_that_is_gone_is_an_error_that_says_so(tun: TunDevice) -> None:
+    tun.close()
+
+    with pytest.raises(SystemCallError, match=r"nmptest0.*deleted"):
+        netlink.limit_segments(NAME, 49)
+
+
+@pytest.mark.parametrize(
+    "key", ["ipv4/ip_forward", "ipv6/conf/all/forwarding", f"ipv4/conf/{NAME}/forwarding"]
+)
+def test_a_machine_that_forwards_from_any_device_is_known(tun: TunDevice, key: str) -> None:
+    for other in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
+        Path(f"/proc/sys/net/{other}").write_text("0")
+    before = netlink.forwards()
+
+    Path(f"/proc/sys/net/{key}").write_text("1")
+
+    assert (before, netlink.forwards()) == (False, True)
+
+
 # ---- the watcher; its news come from a second device, as an underlay's would ----
 
 

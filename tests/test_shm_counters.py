@@ -179,6 +179,16 @@ def test_a_batch_may_end_512_above_what_another_worker_has_not_sent_and_no_furth
     assert fast.reserve(ROW, 1, 400, 0) == 516
 
 
+def test_a_single_worker_has_nobody_to_tell_what_it_has_in_flight() -> None:
+    alone, rings = small(1), Rings(1)
+    by_control = control(alone, rings)
+    by_control.open(ROW, 1)
+
+    assert sealer(alone, 0, rings).reserve(ROW, 1, SPAN_MAX, 0) == 3
+    assert by_control.reserve(ROW, 1, SPAN_MAX) == 3 + SPAN_MAX  # though nothing has left the ring
+    alone.close()
+
+
 def test_a_worker_may_run_ahead_of_itself_and_of_workers_that_seal_for_other_tunnels(tables: Tables) -> None:
     rings = Rings()
     one, other = sealer(tables, 0, rings), sealer(tables, 1, rings)
@@ -559,7 +569,8 @@ class Simulation:
     def seal(self, worker: int, count: int, *, regardless: bool = False, kill_at: int | None = None) -> None:
         counters, area = self.sealers[worker], self.rings.published[worker]
         if kill_at is not None:
-            watch(counters, "_words _cells", load=nothing, store=Countdown(kill_at))
+            words = "_words _cells" if len(self.sealers) > 1 else "_words"  # a single one publishes nothing
+            watch(counters, words, load=nothing, store=Countdown(kill_at))
         beyond = counters.beyond_span
         try:
             first = counters.reserve(ROW, self.generation, count, area, regardless=regardless)

@@ -193,6 +193,18 @@ def test_a_flow_expires_when_it_had_no_packet_for_its_timeout(tables: Tables) ->
     assert view.outbound(flow(), START + 4 * MINUTE - 3) is None
 
 
+def test_flows_that_are_not_there_are_found_once_they_are_however_many_were_asked_for(tables: Tables) -> None:
+    table, view = sides(tables)
+    asked = [flow(port) for port in range(3000)]
+    assert [view.outbound(each, START) for each in asked] == [None] * 3000
+
+    for each in asked[::1000]:
+        table.allow(each, PEER, MINUTE, START)
+
+    assert [view.outbound(each, START) for each in asked[::1000]] == [PEER] * 3
+    assert view.outbound(asked[1], START) is None
+
+
 def test_packets_are_noted_once_in_a_step_so_that_a_busy_flow_costs_no_stores(tables: Tables) -> None:
     table, view = sides(tables)
     table.allow(flow(), PEER, MINUTE, START)

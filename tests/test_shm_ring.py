@@ -379,7 +379,7 @@ def test_any_history_of_filling_draining_and_successors_is_that_of_a_bounded_deq
                     begun = producer.try_begin()
                     assert begun == (len(oracle) < geometry.areas)
                     if begun:
-                        taken = [packet for packet in packets if producer.try_add(packet)]
+                        taken = [packet for packet in packets if producer.try_add(packet, 1)]
                         room = geometry.data_bytes
                         kept: list[bytes] = []
                         for packet in packets:
@@ -451,6 +451,27 @@ def test_a_successor_on_the_open_ring_goes_on_behind_the_entry_that_was_begun(
     assert successor.resumed == (begun > 0)
 
 
+@pytest.mark.parametrize("begun", [1, 2])
+def test_a_successor_on_the_open_ring_counts_the_packets_of_the_entry_it_passes_over(
+    memory: RingMemory, begun: int
+) -> None:
+    producer = produce(memory)
+    assert producer.try_begin()
+    assert producer.try_add(b"a superpacket", segment=5)
+    assert producer.try_add(b"another one", segment=7)
+    producer.publish()
+    consumer = consume(memory, Recovery.GO_ON_BEHIND)
+    assert consumer.pending()
+    entries = consumer.entries()
+    for _ in range(begun):
+        next(entries)
+
+    successor = consume(memory, Recovery.GO_ON_BEHIND)
+
+    assert drain_all(successor) == [[b"a superpacket", b"another one"][begun:]]
+    assert successor.resumed == (5, 7)[begun - 1]
+
+
 def test_a_released_area_leaves_no_trace_in_the_progress_of_the_next_one(memory: RingMemory) -> None:
     producer, consumer = produce(memory), consume(memory, Recovery.GO_ON_BEHIND)
     publish(producer, b"a", b"b")
@@ -481,7 +502,8 @@ def test_a_released_area_leaves_no_trace_in_the_progress_of_the_next_one(memory:
         ("length", 0, "area 0: length is 0, expected 1..320 at 0"),
         ("length", 321, "area 0: length is 321, expected 1..320 at 0"),
         ("length", 2**32 - 1, "area 0: length is 4294967295, expected 1..320 at 0"),
-        ("segment", 10, "area 0: segment is 10, expected at most the length 9"),
+        ("segment", 0, "area 0: segment is 0, expected 1..9"),
+        ("segment", 10, "area 0: segment is 10, expected 1..9"),
         ("row", 100, "area 0: row is 100, expected below 100"),
         ("progress", 0 << 12 | 3, r"progress is \(0, 3\), expected at most \(0, 2\)"),
         ("progress", 1 << 12, r"progress is \(1, 0\), expected at most \(0, 2\)"),

@@ -243,7 +243,7 @@ def test_the_classes_make_the_loads_and_stores_of_the_model_in_its_order(
         "load tail",
     ]
     assert accesses(producer.try_begin) == ["load generation", "load tail"]
-    assert accesses(lambda: producer.try_add(b"a") and producer.try_add(b"b")) == []
+    assert accesses(lambda: producer.try_add(b"a", 1) and producer.try_add(b"b", 1)) == []
     assert accesses(producer.publish) == ["store count", "store number", "store head"]
     assert accesses(producer.waiting) == ["load tail"]
     assert accesses(consumer.pending) == ["load generation", "load head"]

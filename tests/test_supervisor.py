@@ -117,6 +117,24 @@ def test_as_many_workers_as_configured_share_device_and_port(gateway: Supervised
     assert len(gateway.in_network("ss", "-Hlun").splitlines()) == 4
 
 
+def test_the_offloads_in_force_are_said_at_the_start(running: Supervised) -> None:
+    (said,) = running.records("offloads")
+
+    wanted = {"tso": True, "uso": True, "udpSegment": True, "udpGro": True, "queues": 1}
+    assert {name: said[name] for name in wanted} == wanted
+    assert said["gsoMaxSegs"] in (49, 65_535)  # as we forward or not
+
+
+def test_one_worker_because_of_the_configuration_is_said_and_no_warning(gateway: Supervised) -> None:
+    gateway.configure(workers=3, offload={"multiqueue": False})
+    gateway.start()
+
+    (said,) = gateway.records("one worker, as mp.offload.multiqueue is off")
+    assert (said["level"], said["wanted"]) == ("INFO", 3)
+    assert gateway.records("offloads")[0]["queues"] == 1
+    assert [record["role"] for record in gateway.records("worker started")] == ALL
+
+
 def test_a_gateway_that_cannot_start_leaves_nothing(gateway: Supervised) -> None:
     gateway.orders.give("control", Order.CRASH)
     gateway.launch()
@@ -304,8 +322,8 @@ def test_a_ring_that_contradicts_itself_is_emptied_and_both_halves_start_anew(ru
     running.wait_for_start("reader/0", 2)
     running.wait_for_start("writer/0", 2)
 
-    assert generations == [1, 1]
-    assert running.records("begins", who="reader/0")[1]["generations"] == [2, 2]
+    assert generations == [1, 1, 1]
+    assert running.records("begins", who="reader/0")[1]["generations"] == [2, 2, 2]
     assert running.wait("heard", who="control", kind="upcalls")["worker"] == 0
     assert running.records("ring contradiction", role="reader/0")
     assert running.wait("worker ended")["code"] == 4
@@ -324,8 +342,8 @@ def test_the_second_contradiction_empties_the_rings_between_readers_too(gateway:
     gateway.wait_for_start("reader/1", 2)
 
     found = [record["generations"] for record in gateway.records("begins", who="reader/0")]
-    assert found == [[1, 1, 1], [2, 2, 1], [3, 3, 2]]
-    assert gateway.records("begins", who="reader/1")[-1]["generations"] == [1, 1, 2]
+    assert found == [[1, 1, 1, 1], [2, 2, 2, 1], [3, 3, 3, 2]]
+    assert gateway.records("begins", who="reader/1")[-1]["generations"] == [1, 1, 1, 2]
     assert gateway.starts("writer/1") == 1
 
 
@@ -333,7 +351,7 @@ def test_a_ring_of_upcalls_that_control_finds_bad_is_emptied(running: Supervised
     running.orders.give("control", Order.FIND_BAD_RING)
     running.wait_for_start("reader/0", 2)
 
-    assert running.records("begins", who="reader/0")[1]["generations"] == [2, 2]
+    assert running.records("begins", who="reader/0")[1]["generations"] == [2, 2, 2]
     assert running.wait("heard", who="control", kind="upcalls")["worker"] == 0
 
 

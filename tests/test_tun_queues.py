@@ -7,25 +7,31 @@ import socket
 import struct
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import pytun
 
-from nebula_mp.config.model import TunConfig
+from nebula_mp.config.model import NO_OFFLOADS, Offloads, TunConfig
+from nebula_mp.datapath.virtio import HEADER_BYTES
 from nebula_mp.demo.netns import Lab, Namespace
 from nebula_mp.errors import SystemCallError
 from nebula_mp.ioctl_tun import TunDevice
 from nebula_mp.privileges import Account, lock_down_child
 from nebula_mp.tun_queues import TunQueues, set_attached
+from nebula_mp.udp_socket import UDP_SEGMENT
 from tests.support.netns import PREFIX, entered
 from tests.test_privileges import Ends, in_child
 
 pytestmark = pytest.mark.e2e
 DEVICE = TunConfig(dev="nmpq", mtu=1280, tx_queue=700)
+SEVERAL = replace(NO_OFFLOADS, multiqueue=True)
 FLOWS = 64
 TUNSETIFF = 0x400454CA
+TUNSETOFFLOAD = 0x400454D0
+TUNGETIFF = 0x800454D2
 NOBODY = Account(65534, 65534, "nobody")
 
 
@@ -36,9 +42,11 @@ def space() -> Iterator[Namespace]:
 
 
 @contextmanager
-def device(space: Namespace, count: int, config: TunConfig = DEVICE) -> Iterator[TunQueues]:
+def device(
+    space: Namespace, count: int, config: TunConfig = DEVICE, wanted: Offloads = SEVERAL
+) -> Iterator[TunQueues]:
     with entered(space):
-        opened, warnings = TunQueues.open(config, count)
+        opened, warnings = TunQueues.open(config, count, wanted)
     try:
         assert warnings == ()
         space.run("sh", "-c", f"echo 1 > /proc/sys/net/ipv6/conf/{opened.name}/disable_ipv6")
@@ -59,7 +67,11 @@ def send_flows(space: Namespace, count: int = FLOWS) -> None:
 
 def flows(queue: TunDevice) -> set[int]:
     """The destination ports of the packets that wait in a queue."""
-    return {struct.unpack_from("!H", packet, 22)[0] for packet in queue.read(10 * FLOWS)}
+    found = set()
+    with suppress(BlockingIOError):
+        while packet := os.read(queue.fileno(), 2000):
+            found.add(struct.unpack_from("!H", packet, 22)[0])
+    return found
 
 
 def flows_by_queue(space: Namespace, queues: TunQueues) -> list[set[int]]:
@@ -216,14 +228,16 @@ FOREIGN = """
 import sys
 import pytun
 from nebula_mp import tun_queues
-from nebula_mp.config.model import TunConfig
+from nebula_mp.config.model import TunConfig, Offloads
 from nebula_mp.errors import SystemCallError
+
+SEVERAL = Offloads(tso=False, uso=False)
 
 def stranger():
     flags = pytun.IFF_TUN | pytun.IFF_NO_PI | pytun.IFF_MULTI_QUEUE
     return pytun.TunTapDevice(name="nmpq", flags=flags, dev="/dev/net/tun")
 
-opened, _ = tun_queues.TunQueues.open(TunConfig(dev="nmpq"), 3)
+opened, _ = tun_queues.TunQueues.open(TunConfig(dev="nmpq"), 3, SEVERAL)
 opened.detach(2)
 print(opened.foreign_queues())
 late = stranger()  # we are root
@@ -238,7 +252,7 @@ def too_late(descriptor):
     set_owner(descriptor)
 tun_queues._set_owner = too_late
 try:
-    tun_queues.TunQueues.open(TunConfig(dev="nmpq"), 3)
+    tun_queues.TunQueues.open(TunConfig(dev="nmpq"), 3, SEVERAL)
 except SystemCallError as error:
     print(error)
 """
@@ -280,16 +294,17 @@ def test_one_queue_is_opened_with_a_warning_where_the_kernel_refuses_several(
 
     monkeypatch.setattr(pytun, "TunTapDevice", without_multiqueue)
     with entered(space):
-        queues, warnings = TunQueues.open(DEVICE, 4)
+        queues, warnings = TunQueues.open(DEVICE, 4, SEVERAL)
     queues.close()
 
     assert len(queues.queues) == 1
+    assert not queues.offloads.multiqueue
     assert warnings == ("tun 'nmpq': the kernel refused 4 queues (EINVAL): one reader serves all",)
 
 
 def test_more_queues_than_the_kernel_has_leave_nothing_but_the_one(space: Namespace) -> None:
     with entered(space):
-        queues, warnings = TunQueues.open(DEVICE, 257)
+        queues, warnings = TunQueues.open(DEVICE, 257, SEVERAL)
         shown = space.run("ls", f"/sys/class/net/{queues.name}/queues").split()
     queues.close()
 
@@ -300,16 +315,89 @@ def test_more_queues_than_the_kernel_has_leave_nothing_but_the_one(space: Namesp
 
 def test_the_device_of_another_program_is_not_joined(space: Namespace) -> None:
     with device(space, 2), entered(space), pytest.raises(SystemCallError, match="tun 'nmpq': the name is"):
-        TunQueues.open(DEVICE, 2)
+        TunQueues.open(DEVICE, 2, SEVERAL)
 
 
 def test_a_name_that_is_none_is_refused_before_anything_is_opened() -> None:
     with pytest.raises(SystemCallError, match="not a device name"):
-        TunQueues.open(TunConfig(dev="a/b"), 2)
+        TunQueues.open(TunConfig(dev="a/b"), 2, SEVERAL)
 
 
 def test_a_refused_mtu_removes_the_device(space: Namespace) -> None:
     with entered(space), pytest.raises(SystemCallError, match="MTU 70000 refused"):
-        TunQueues.open(TunConfig(dev="nmpq", mtu=70_000), 2)
+        TunQueues.open(TunConfig(dev="nmpq", mtu=70_000), 2, SEVERAL)
 
+    assert not has_device(space, "nmpq")
+
+
+# ---- offloads ----
+
+EVERYTHING = Offloads()
+
+
+def send_superpackets(space: Namespace, flows: int) -> None:
+    """Four datagrams of 100 bytes with one call, for each of some flows."""
+    note = (socket.IPPROTO_UDP, UDP_SEGMENT, struct.pack("=H", 100))
+    with entered(space), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        sender.bind(("198.51.100.1", 40_000))
+        for number in range(flows):
+            sender.sendmsg([bytes(400)], [note], 0, ("198.51.100.2", 5000 + number))
+
+
+def frames(queue: TunDevice) -> list[bytes]:
+    """All that waits in a queue."""
+    found = []
+    with suppress(BlockingIOError):
+        while frame := os.read(queue.fileno(), 1 << 17):
+            found.append(frame)
+    return found
+
+
+def test_every_queue_has_the_offloads_of_the_device(space: Namespace) -> None:
+    with device(space, 4, wanted=EVERYTHING) as queues:
+        send_superpackets(space, FLOWS)
+        got = [frames(queue) for queue in queues.queues]
+
+    assert (queues.offloads.tso, queues.offloads.uso, queues.offloads.multiqueue) == (True, True, True)
+    assert {queue.offloads for queue in queues.queues} == {queues.offloads}
+    assert all(got)
+    assert {len(frame) for each in got for frame in each} == {HEADER_BYTES + 28 + 400}
+    assert sum(map(len, got)) == FLOWS
+
+
+def test_one_queue_is_opened_without_a_word_where_several_are_not_wanted(space: Namespace) -> None:
+    with device(space, 4, wanted=Offloads(multiqueue=False)) as queues:
+        send_superpackets(space, 1)
+        (frame,) = frames(queues.queues[0])
+
+    assert len(queues.queues) == 1
+    assert queues.offloads == Offloads(multiqueue=False)
+    assert len(frame) == HEADER_BYTES + 28 + 400
+
+
+def test_all_queues_are_made_anew_without_a_header_where_the_kernel_refuses_all_offloads(
+    space: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = fcntl.ioctl
+
+    def refuse(target: Any, request: int, *arguments: Any) -> Any:
+        if request == TUNSETOFFLOAD:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return plain(target, request, *arguments)
+
+    monkeypatch.setattr(fcntl, "ioctl", refuse)
+    with entered(space):
+        queues, warnings = TunQueues.open(DEVICE, 3, EVERYTHING)
+        monkeypatch.undo()
+        flags = [
+            struct.unpack_from("H", fcntl.ioctl(queue.fileno(), TUNGETIFF, bytes(40)), 16)[0]
+            for queue in queues.queues
+        ]
+    queues.close()
+
+    assert len(queues.queues) == 3
+    assert queues.offloads == Offloads(tso=False, uso=False)
+    assert [flag & pytun.IFF_VNET_HDR for flag in flags] == [0, 0, 0]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("tun 'nmpq': the kernel refused all offloads (EINVAL): each packet costs")
     assert not has_device(space, "nmpq")

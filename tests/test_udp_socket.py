@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+import struct
 from collections.abc import Iterator
 from ipaddress import ip_address
 
@@ -14,6 +15,8 @@ from nebula_mp.errors import SystemCallError
 from nebula_mp.newtypes import UdpAddr
 from nebula_mp.udp_socket import (
     DATAGRAM_BYTES_MAX,
+    UDP_GRO,
+    UDP_SEGMENT,
     SendFault,
     SockAddr,
     UdpSocket,
@@ -212,6 +215,102 @@ def test_the_error_of_an_earlier_datagram_does_not_cost_this_one() -> None:
 def test_a_socket_that_is_gone_is_no_fault_of_the_network() -> None:
     with FailingSocket(errno.EBADF) as failing, pytest.raises(OSError, match="Bad file descriptor"):
         UdpSocket(failing).send(b"x", addr("192.0.2.1"))
+
+
+# ---- datagrams that the kernel has joined ----
+
+
+@pytest.fixture
+def joined() -> Iterator[UdpSocket]:
+    """A socket that takes batches."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as opened:
+        opened.bind(("127.0.0.1", 0))
+        opened.setsockopt(socket.IPPROTO_UDP, UDP_GRO, 1)
+        yield UdpSocket(opened, coalesces=True)
+
+
+def send_batch(peer: socket.socket, to: UdpSocket, data: bytes, size: int) -> None:
+    """Send datagrams of one size, the last may be shorter, which the loopback interface leaves together."""
+    note = (socket.IPPROTO_UDP, UDP_SEGMENT, struct.pack("=H", size))
+    peer.sendmsg([data], [note], 0, ("127.0.0.1", to.local.port))
+
+
+def test_a_batch_is_split_into_the_datagrams_that_were_sent(joined: UdpSocket, peer: socket.socket) -> None:
+    data = bytes(range(256)) * 4 + b"end"
+    send_batch(peer, joined, data, 100)
+    peer.sendto(b"alone", ("127.0.0.1", joined.local.port))
+    peer.sendto(b"", ("127.0.0.1", joined.local.port))
+    source = addr("127.0.0.1", peer.getsockname()[1])
+
+    received = list(joined.receive(100))
+
+    pieces = [data[at : at + 100] for at in range(0, len(data), 100)]
+    assert received == [(each, source) for each in (*pieces, b"alone", b"")]
+    assert joined.oversize == 0
+
+
+def test_a_budget_counts_the_datagrams_of_a_batch_and_never_splits_one(
+    joined: UdpSocket, peer: socket.socket
+) -> None:
+    for _ in range(4):
+        send_batch(peer, joined, bytes(1000), 100)
+
+    counts = [len(list(joined.receive(11))) for _ in range(3)]
+
+    assert counts == [20, 20, 0]
+
+
+def test_a_batch_of_64_kib_is_taken_whole(joined: UdpSocket, peer: socket.socket) -> None:
+    send_batch(peer, joined, bytes(65_000), 1300)
+
+    assert [len(datagram) for datagram, _ in joined.receive(64)] == 50 * [1300]
+
+
+def test_datagrams_of_a_batch_that_are_too_long_are_dropped_and_each_is_counted(
+    joined: UdpSocket, peer: socket.socket
+) -> None:
+    send_batch(peer, joined, bytes(3 * (DATAGRAM_BYTES_MAX + 1)), DATAGRAM_BYTES_MAX + 1)
+    peer.sendto(bytes(DATAGRAM_BYTES_MAX + 1), ("127.0.0.1", joined.local.port))
+    send_batch(peer, joined, bytes(2 * DATAGRAM_BYTES_MAX), DATAGRAM_BYTES_MAX)
+
+    received = [len(datagram) for datagram, _ in joined.receive(10)]
+
+    assert received == [DATAGRAM_BYTES_MAX, DATAGRAM_BYTES_MAX]
+    assert joined.oversize == 4
+
+
+def test_a_batch_that_was_cut_off_is_dropped_and_counted_as_too_long(
+    joined: UdpSocket, peer: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(udp_socket, "_BATCH_BYTES_MAX", 450)
+    send_batch(peer, joined, bytes(1000), 100)
+    peer.sendto(b"next", ("127.0.0.1", joined.local.port))
+
+    received = [datagram for datagram, _ in joined.receive(10)]
+
+    assert received == [b"next"]
+    assert joined.oversize == 5
+
+
+def test_errors_of_earlier_datagrams_are_counted_where_batches_are_taken_too(joined: UdpSocket) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as closed:
+        closed.bind(("127.0.0.1", 0))
+        nobody = closed.getsockname()
+    with socket.socket(fileno=os.dup(joined.fileno())) as view:
+        view.connect(nobody)  # only then does Linux say what became of a datagram
+        view.send(b"x")
+
+    assert list(joined.receive(10)) == []
+    assert joined.icmp == 1
+
+
+def test_this_kernel_cuts_what_is_sent(udp: UdpSocket) -> None:
+    assert udp.segmentation_error() is None
+
+
+def test_a_kernel_that_cannot_cut_is_found_out_without_sending() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as other:  # knows no option of UDP
+        assert UdpSocket(other).segmentation_error() == "ENOPROTOOPT"
 
 
 def test_ipv6_through_an_ipv4_socket_is_unreachable(udp: UdpSocket) -> None:

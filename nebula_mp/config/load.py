@@ -141,6 +141,11 @@ READERS: Mapping[str, Reader] = {
     "mp.workers": _workers,
     "mp.drain": readers.choice({mode.value: mode for mode in DrainMode}),
     "mp.user": _user,
+    "mp.offload.tso": readers.boolean,
+    "mp.offload.uso": readers.boolean,
+    "mp.offload.udp_segment": readers.boolean,
+    "mp.offload.udp_gro": readers.boolean,
+    "mp.offload.multiqueue": readers.boolean,
 }
 """The keys we obey. A test compares them with the fields of Config."""
 

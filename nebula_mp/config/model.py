@@ -176,6 +176,10 @@ class Offloads:
         return self.tso or self.uso
 
 
+NO_OFFLOADS = Offloads(tso=False, uso=False, udp_segment=False, udp_gro=False, multiqueue=False)
+"""Packet by packet, one queue: what any kernel can do."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MpConfig:
     """`mp`: our own settings; the original ignores the whole section."""

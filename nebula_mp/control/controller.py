@@ -168,7 +168,7 @@ class Controller:
         elif header.type is MessageType.RECV_ERROR:
             self._handle_recv_error(header, source, now)
         else:
-            self._handle_sealed(header, source, now)
+            self._handle_sealed(header, datagram, source, now)
 
     def _handle_handshake(self, header: Header, datagram: bytes, source: UdpAddr, now: Instant) -> None:
         assert header.subtype == HANDSHAKE_IX  # Header.parse knows no other
@@ -179,7 +179,8 @@ class Controller:
         if established is not None:
             self._flush(established, now)
 
-    def _handle_sealed(self, header: Header, source: UdpAddr, now: Instant) -> None:
+    def _handle_sealed(self, header: Header, datagram: bytes, source: UdpAddr, now: Instant) -> None:
+        """Take a message of a tunnel that the data path did not know when it came: we never open one."""
         core = self._core
         if header.type is MessageType.MESSAGE and header.subtype != MESSAGE_IP:
             # Relay frames have indexes of their own, and we have given out none.
@@ -187,9 +188,11 @@ class Controller:
             self._send_recv_error(header, source, now)
             return
         index = header.remote_index
-        if core.hostmap.by_index(index) is not None or self._handshakes.is_waiting(index):
-            # It came before its tunnel was known; from then on the data path opens them, not we.
-            core.outbox.drop("early", source, now)
+        if core.hostmap.by_index(index) is not None:
+            core.outbox.hand_over(index, datagram, source)  # by now it does
+            return
+        if self._handshakes.is_waiting(index):
+            self._handshakes.handle_early(index, datagram, source, now)
             return
         core.outbox.drop("unknown_index", source, now)
         self._send_recv_error(header, source, now)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from nebula_mp.config.model import LogLevel
 from nebula_mp.control.core import HINT_INTERVAL, Core, TimerKind
+from nebula_mp.control.early import EarlyDatagrams
 from nebula_mp.control.hostmap import CANDIDATE_LIFE, Tunnel
 from nebula_mp.control.liveness import Traffic
 from nebula_mp.errors import CertError, WireError
@@ -51,6 +52,7 @@ class Handshakes:
         self._core = core
         self._open: dict[IPAddress, _Open] = {}
         self._open_by_index: dict[TunnelIndex, _Open] = {}
+        self._early = EarlyDatagrams()
         self._last_time_ns = 0
 
     def __len__(self) -> int:
@@ -63,6 +65,12 @@ class Handshakes:
     def is_waiting(self, index: TunnelIndex) -> bool:
         """Tell whether a handshake of ours has this local index and no answer yet."""
         return index in self._open_by_index
+
+    def handle_early(self, index: TunnelIndex, datagram: bytes, source: UdpAddr, now: Instant) -> None:
+        """Keep a datagram of the tunnel that a waiting handshake may become, or count why not."""
+        assert index in self._open_by_index
+        if not self._early.try_keep(index, datagram, source):
+            self._core.outbox.drop("early", source, now)
 
     def start(
         self,
@@ -170,6 +178,9 @@ class Handshakes:
         self._forget(handshake)
         tunnel = self._tunnel(session, source, now, proven=True)
         surplus = core.hostmap.add(tunnel)
+        # First of all: what the data path opens by itself from here on came later than these.
+        for early, origin in self._early.take(tunnel.local_index):
+            core.outbox.hand_over(tunnel.local_index, early, origin)
         established = self._establish(tunnel, surplus, now, handshake.pending.take_queue())
         duration_ns = int((now.mono - handshake.pending.started) * 1e9)
         self._log_established(tunnel, stage=2, durationNs=duration_ns)
@@ -362,9 +373,10 @@ class Handshakes:
         )
 
     def _abandon(self, handshake: _Open) -> None:
-        """Forget a handshake together with its index."""
+        """Forget a handshake together with its index, and what came for it."""
         self._forget(handshake)
         if handshake.local_index is not None:
+            self._core.outbox.stats["drop.early"] += len(self._early.take(handshake.local_index))
             self._core.hostmap.indexes.release(handshake.local_index)
 
     def _forget(self, handshake: _Open) -> None:

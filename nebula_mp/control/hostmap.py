@@ -38,7 +38,7 @@ from nebula_mp.newtypes import (
     TunnelIndex,
     UdpAddr,
 )
-from nebula_mp.wire.header import Header, MessageType
+from nebula_mp.wire.header import MessageType, encode_header
 
 TUNNELS_PER_ADDRESS = 5
 CANDIDATES_PER_HOST = 5
@@ -154,7 +154,7 @@ class Tunnel:
 
     def seal(self, counter: Counter, kind: MessageType, subtype: int, plaintext: Buffer) -> bytes:
         """Seal one message with a counter that nobody used before under this key."""
-        header = Header(kind, subtype, self.session.remote_index, counter).encode()
+        header = encode_header(kind, subtype, self.session.remote_index, counter)
         return header + self.session.send.seal(counter, header, plaintext)
 
 

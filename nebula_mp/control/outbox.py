@@ -6,8 +6,8 @@ Data flow: control.* -> [control.outbox] -> Controller's return value -> the she
 from collections import Counter
 
 from nebula_mp.config.model import LogLevel
-from nebula_mp.control.actions import Action, LogEvent, SendDatagram, WriteTun
-from nebula_mp.newtypes import Instant, Seconds, UdpAddr
+from nebula_mp.control.actions import Action, HandOver, LogEvent, SendDatagram, WriteTun
+from nebula_mp.newtypes import Instant, Seconds, TunnelIndex, UdpAddr
 
 _LIMITED_REASONS_MAX = 64
 
@@ -36,6 +36,10 @@ class Outbox:
     def tun(self, packet: bytes, queue: int) -> None:
         """Deliver an IP packet to the local stack through this queue of the device."""
         self._actions.append(WriteTun(packet, queue))
+
+    def hand_over(self, local_index: TunnelIndex, datagram: bytes, source: UdpAddr) -> None:
+        """Have a datagram of a tunnel that the data path knows opened there."""
+        self._actions.append(HandOver(local_index, datagram, source))
 
     def log(self, level: LogLevel, message: str, **fields: object) -> None:
         """Write a record."""

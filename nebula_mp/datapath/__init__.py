@@ -3,5 +3,8 @@
 import os
 
 # Importing numpy starts a thread for each further core, for linear algebra that nothing here does; a process
-# that forks may have none. Read once, by that import. Whoever wants the threads says so in the environment.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# that forks may have none, so whatever the environment says does not count. Each name is that of one library
+# that numpy may have been built with, which reads it once, when numpy is loaded. Nothing but modules of this
+# package loads numpy.
+for _library in ("OPENBLAS", "OMP", "MKL", "BLIS"):
+    os.environ[f"{_library}_NUM_THREADS"] = "1"

@@ -22,7 +22,7 @@ Buffers. What is read from a descriptor stays in memory of the reader's own unti
 the area being filled; an area is the producer's until it is published, and the consumer's until every system
 call on it has returned. Nobody outside a kernel gets a view of either. An `Upcall` is a copy.
 
-Waiting. No part blocks. A Drain waits at most 1 ms (UDP) or 10 ms (TUN) for room for a packet, and after one
+Waiting. No part blocks. A Drain waits at most 1 ms (UDP) or 10 ms (TUN) for room for a call, and after one
 wait in vain no more in the same call; `bell_wait` waits for as long as it is told.
 
 Errors. What a peer, a stranger or the local stack sends never raises. OSError: the descriptor is lost, which
@@ -35,10 +35,17 @@ counted under exactly one `Drop`. So over all processes, with empty rings and no
     mp.tun.rx.packets + mp.udp.rx.packets
         = mp.udp.tx.packets + mp.tun.tx.packets + mp.upcalls + drops (with mp.ring.resumed)
 
+Packets are those of hosts, whatever offloads carry them: a superpacket counts as the packets it is cut into
+or was joined from, a batch of datagrams as its datagrams; bytes are theirs, without the headers of
+`datapath.virtio`. What goes up or to another reader is always single and complete.
+
 What one reader hands to another (`mp.strangers`) was counted when it came in, and is counted by its owner
-when it leaves. What a Drain was doing when its process died it sends again (UDP) or passes over (TUN).
+when it leaves. What control hands back (`mp.strangers` of its page) had gone up, since it came before its
+tunnel was known; it comes in once more, and is added on the left. What a Drain was doing when its process
+died it sends again (UDP) or passes over (TUN).
 """
 
+import functools
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -46,18 +53,25 @@ from enum import IntEnum, StrEnum
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final, NamedTuple, Protocol
 
+from nebula_mp.config.model import Offloads
 from nebula_mp.errors import RingError
 from nebula_mp.newtypes import Buffer, IPNetwork, Seconds, TunnelIndex, UdpAddr
 from nebula_mp.shm_ring import Bell, Consumer
+from nebula_mp.shm_table import WORKERS_MAX
 
 DATAGRAM_BYTES_MAX: Final = 9001
 """The largest datagram a Nebula node reads."""
 
+_SOURCES_REMEMBERED: Final = 1024
 UPCALL_AREA_BYTES: Final = 16 * 1024
 UPCALL_ENTRIES: Final = 32
 """For rings of upcalls and of strangers: any datagram fits into an area behind its record."""
 UPCALL_AREAS: Final = 32
 STRANGER_AREAS: Final = 8
+HANDOVER_AREAS: Final = 64
+"""For the ring that control fills for a reader: it must take at once what was kept for a handshake."""
+CONTROL: Final = WORKERS_MAX
+"""Control's number among those that fill stranger rings."""
 
 
 class Drop(StrEnum):
@@ -81,6 +95,7 @@ class Drop(StrEnum):
     REFUSED_IN = "drop.firewall.incoming.no_rule"  # a refusal in the flow table, which keeps no reason
     # Packets from the TUN device.
     TUN_INNER_IP = "drop.tun.inner_ip"
+    TUN_OFFLOAD = "mp.tun.drop.offload"  # the header in front of it contradicts it
     REFUSED_OUT = "drop.firewall.outgoing.no_rule"  # as above
     SEAL_RING_FULL = "mp.ring.full.seal"
     EXHAUSTED = "drop.exhausted"  # no counter: at its end, or its lock was held for more than 50 ms
@@ -136,6 +151,8 @@ class Upcall(NamedTuple):
     packet: bytes
 
 
+# A look-up takes 0.05 us, to call the enum 0.25 us.
+_REASONS: Final = {int(reason): reason for reason in UpcallReason}
 _RECORD = struct.Struct("<QIHBBBBxxI16s")  # time, index, port, family, reserved, type, subtype, scope, IP
 RECORD_BYTES: Final = _RECORD.size
 """What a record has in front of its packet."""
@@ -164,18 +181,21 @@ def parse_record(record: bytes) -> tuple[int, TunnelIndex, UdpAddr | None, int, 
     if len(record) < RECORD_BYTES:
         raise RingError("upcall ring", "length of a record", len(record), f"{RECORD_BYTES} or more")
     at_ms, index, port, family, _, kind, subtype, scope, packed = _RECORD.unpack_from(record)
-    source = None
+    source = _source(family, packed, port, scope) if family else None
+    return at_ms, TunnelIndex(index), source, kind, subtype, record[RECORD_BYTES:]
+
+
+@functools.lru_cache(maxsize=_SOURCES_REMEMBERED)
+def _source(family: int, packed: bytes, port: int, scope: int) -> UdpAddr:
+    """Where a datagram came from: the same object again for the same peer, which makes comparing faster."""
     match family:
-        case 0:
-            pass
         case 4:
-            source = UdpAddr(IPv4Address(packed[:4]), port)
+            return UdpAddr(IPv4Address(packed[:4]), port)
         case 6:
             ip = IPv6Address(packed)
-            source = UdpAddr(IPv6Address(f"{ip}%{scope}") if scope else ip, port)
+            return UdpAddr(IPv6Address(f"{ip}%{scope}") if scope else ip, port)
         case _:
             raise RingError("upcall ring", "address family", family, "0, 4 or 6")
-    return at_ms, TunnelIndex(index), source, kind, subtype, record[RECORD_BYTES:]
 
 
 def take_upcalls(ring: Consumer, budget: int) -> Iterator[Upcall]:
@@ -186,10 +206,9 @@ def take_upcalls(ring: Consumer, budget: int) -> Iterator[Upcall]:
     """
     for _ in range(min(ring.pending(), budget)):
         for entry, data in ring.entries():
-            try:
-                reason = UpcallReason(entry.segment)
-            except ValueError:
-                raise RingError("upcall ring", "reason", entry.segment, "one of UpcallReason") from None
+            reason = _REASONS.get(entry.segment)
+            if reason is None:
+                raise RingError("upcall ring", "reason", entry.segment, "one of UpcallReason")
             yield Upcall(reason, *parse_record(bytes(data)))
         ring.release()
 
@@ -225,7 +244,7 @@ class ReaderMemory:
     open_ring: RingFds  # data writable
     upcall_ring: RingFds  # data writable
     seal_states: tuple[int, ...]  # of all workers' seal rings, read-only: how far each has been sent
-    strangers_in: dict[int, RingFds]  # by the reader that fills it; state writable
+    strangers_in: dict[int, RingFds]  # by the reader that fills it, or CONTROL; state writable
     strangers_out: dict[int, RingFds]  # by the owner that drains it; data writable
     control_bell: int
     stranger_bells: dict[int, int]  # by the owner that they wake
@@ -241,7 +260,9 @@ class UpcallLimits:
     per_tunnel: tuple[int, int] = (10_000, 1_000)
     plain: tuple[int, int] = (10_000, 1_000)  # from the local stack
     datagrams: tuple[int, int] = (5_000, 500)  # where the kernel does not steer, all handshakes are these
-    unknown: tuple[int, int] = (200, 100)  # control answers 100 a second at most
+    # The rate bounds a flood: control answers 100 a second at most. The burst is what a peer may send on a
+    # new tunnel before control has read its answer, 5 ms of 100,000 a second; a flood has it once.
+    unknown: tuple[int, int] = (200, 512)
     moved: tuple[int, int] = (20, 5)  # per tunnel; only a notice, so nothing is lost
 
 
@@ -249,9 +270,9 @@ class Sealer(Protocol):
     """TUN queue -> seal ring."""
 
     def poll(self, budget: int) -> int:
-        """Read at most `budget` packets, until the queue is empty; gives how many. Publishes what it sealed.
+        """Read about `budget` packets, until the queue is empty; gives how many. Publishes what it sealed.
 
-        Raises OSError, RingError.
+        A superpacket is never left in part, so the last one may exceed the budget. Raises OSError, RingError.
         """
 
     @property
@@ -272,7 +293,8 @@ class Opener(Protocol):
     def poll(self, budget: int) -> int:
         """Take at most `budget` datagrams, until all is empty; gives how many. Publishes what it opened.
 
-        Raises OSError, RingError.
+        What the kernel has joined is taken whole, so the last batch may exceed the budget. Raises OSError,
+        RingError.
         """
 
     def waiting(self) -> int:
@@ -295,9 +317,10 @@ class Reader(Protocol):
 
 
 class Drain(Protocol):
-    """Ring -> TUN queue or UDP socket, one system call for each packet.
+    """Ring -> TUN queue or UDP socket.
 
-    An area is released when the call on its last packet has returned.
+    One system call for each packet, or for as many of an entry as the granted offloads let one carry. An area
+    is released when the last call on it has returned.
     """
 
     ring: Consumer
@@ -311,8 +334,6 @@ class Kernel(Protocol):
     """The whole of it. Descriptors are borrowed: they are non-blocking and stay open while a part lives."""
 
     name: str
-    takes_coalesced: bool
-    """Whether an Opener's socket may have UDP_GRO on."""
 
     def reader(
         self,
@@ -323,17 +344,22 @@ class Kernel(Protocol):
         overlay: tuple[IPNetwork, ...],
         clock: Callable[[], Seconds],
         limits: UpcallLimits,
+        offloads: Offloads,
         poison: bool = False,
     ) -> Reader:
         """Attach as reader, or as its successor. `overlay`: datagrams from these networks have looped.
 
+        `offloads` are those that were granted: with `offloads.tun_header` every packet of the TUN queue has a
+        header of `datapath.virtio` in front; the socket has UDP_GRO on if `offloads.udp_gro`, and only then.
         `poison` overwrites released areas, for tests. Raises RingError, SystemCallError.
         """
 
-    def drain_udp(self, ring: Consumer, udp_fd: int, *, tunnels: int, stats: int) -> Drain:
+    def drain_udp(
+        self, ring: Consumer, udp_fd: int, *, tunnels: int, stats: int, offloads: Offloads
+    ) -> Drain:
         """Send a seal ring; `tunnels` and `stats` are the regions, read-only and writable."""
 
-    def drain_tun(self, ring: Consumer, tun_fd: int, *, stats: int) -> Drain:
+    def drain_tun(self, ring: Consumer, tun_fd: int, *, stats: int, offloads: Offloads) -> Drain:
         """Write an open ring, which was made to go on behind the entry in progress."""
 
     def bell_wait(self, bell: Bell, limit_ms: int) -> bool:

@@ -80,6 +80,19 @@ def row_sums(rows: Rows, column: int, width: int) -> Numbers:
     return sums
 
 
+def word_sums(rows: Rows, weights: NDArray[np.float64]) -> Numbers:
+    """Sum the 16-bit words at the beginning of each row, of which each counts as often as `weights` says.
+
+    `weights` has a row for each word, and a column for each sum; gives the sums as (columns, height).
+    """
+    memory, offset, stride, height = rows
+    words: NDArray[np.uint16] = np.ndarray((height, len(weights)), np.uint16, memory, offset, (stride, 2))
+    # In floats, which are exact here, since only those are multiplied by a library.
+    sums: Numbers = (words.astype(np.float64) @ weights).T.astype(np.int64)
+    sums *= _SWAP
+    return sums
+
+
 def plain_sum(data: Buffer) -> int:
     """Sum the bytes of one piece without numpy: quicker for a header, as quick for a packet."""
     return (int.from_bytes(data, "big") << (len(data) % 2 * 8)) % 0xFFFF

@@ -43,14 +43,15 @@ class Drops:
 class Filler:
     """A producer that begins an area when there is something for it, and publishes it when it is full.
 
-    `try_room`, then fill `data` from `at` on, then `describe`; `flush` at the end of a pass. `room_bytes` is
-    what an empty area takes.
+    `try_room`, then fill `data` from `at` on, then `describe`; `flush` at the end of a pass. `room_bytes` and
+    `entries_max` are what an empty area takes.
     """
 
     def __init__(self, producer: Producer) -> None:
         self._producer = producer
-        self._entries_max = producer.geometry.entries_max
+        self.areas: Final = producer.geometry.areas
         self.room_bytes: Final = producer.geometry.data_bytes
+        self.entries_max: Final = producer.geometry.entries_max
         self.at = 0
         """Where the next bytes of the area belong."""
         self._entries = -1  # -1: no area is being filled
@@ -65,17 +66,19 @@ class Filler:
         return (
             self._entries >= 0
             and self.at + size_bytes <= self.room_bytes
-            and self._entries + entries <= self._entries_max
+            and self._entries + entries <= self.entries_max
         )
 
-    def try_room(self, size_bytes: int, entries: int = 1) -> bool:
+    def try_room(self, size_bytes: int, entries: int = 1, align: int = 1) -> bool:
         """Have room for so much, if need be in the next area; False, and nothing is begun, with a full ring.
 
-        It must fit an empty area. Raises RingError.
+        It must fit an empty area. `at` is then a multiple of `align`. Raises RingError.
         """
         assert size_bytes <= self.room_bytes
-        assert entries <= self._entries_max
-        if self.fits(size_bytes, entries):
+        assert entries <= self.entries_max
+        gap = -self.at % align
+        if self.fits(gap + size_bytes, entries):
+            self.at += gap
             return True
         self.flush()
         if self._entries < 0:

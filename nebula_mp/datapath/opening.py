@@ -1,6 +1,6 @@
-"""UDP socket -> tunnel, window, key -> opened into the open ring, datagram by datagram.
+"""UDP socket -> tunnel, window, key -> opened into the open ring, whole batches where all is as usual.
 
-Data flow: UDP | another reader's strangers -> [PythonOpener] -> open ring -> drains.TunDrain
+Data flow: UDP | another reader's strangers -> [PythonOpener] -> delivery -> open ring -> drains.TunDrain
                                                              -> upcall ring -> control
                                                              -> stranger ring -> the owner of the tunnel
 Knows the order of the checks, of which the first that fails gives a datagram its one reason; decides nothing.
@@ -10,32 +10,47 @@ Nothing that is not authentic changes anything: the window moves after the tag w
 forged is opened into bytes that nobody else reads and that are zeros afterwards. An authentic packet from
 another address than the tunnel's is delivered as any other, and control is told of the address: so no packet
 overtakes another, or is lost, while a peer moves.
+
+`_handle` is what is to happen to a datagram. `_take_run` does the same to many: data messages of one tunnel
+whose counters follow each other are checked together, and opened where the payloads of a superpacket belong.
+Whatever is not as usual it leaves to `_handle`, having changed nothing.
 """
 
-import socket
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from nebula_mp.crypto.replay import WIDTH
+from nebula_mp.config.model import Offloads
+from nebula_mp.crypto.replay import WIDTH, ReplayWindow
 from nebula_mp.datapath.api import DATAGRAM_BYTES_MAX, Arrival, Drop, UpcallReason, parse_record
+from nebula_mp.datapath.batches import Batch
+from nebula_mp.datapath.delivery import Delivery
 from nebula_mp.datapath.drains import LOST, borrow_socket
 from nebula_mp.datapath.filling import Drops, Filler, Strangers, Upcalls
-from nebula_mp.datapath.sealing import OVERHEAD_BYTES, Ciphers
+from nebula_mp.datapath.runs import OVERHEAD_BYTES
+from nebula_mp.datapath.sealing import Ciphers
 from nebula_mp.datapath.sockaddr import Sources
-from nebula_mp.errors import AuthError, ReplayError, WireError
+from nebula_mp.errors import AuthError, ReplayError
 from nebula_mp.newtypes import IPNetwork, Seconds, UdpAddr
 from nebula_mp.shm_counters import ReceiveWindows, Traffic
 from nebula_mp.shm_flows import FlowView
 from nebula_mp.shm_ring import Consumer
 from nebula_mp.shm_stats import SLOTS, StatsPage
 from nebula_mp.shm_tunnels import TunnelRow, TunnelState, TunnelView
-from nebula_mp.wire.header import HEADER_BYTES, MESSAGE_RELAY, SUBTYPES, VERSION, MessageType
-from nebula_mp.wire.ip import parse_flow
+from nebula_mp.wire.header import (
+    HEADER_BYTES,
+    MESSAGE_IP,
+    MESSAGE_RELAY,
+    SUBTYPES,
+    VERSION,
+    MessageType,
+)
 
 _PUNCH_BYTES_MAX: Final = 1
 _KINDS: Final = {
     (VERSION << 4 | kind, subtype): kind for kind, subtypes in SUBTYPES.items() for subtype in subtypes
 }
+_DATA: Final = bytes((VERSION << 4 | MessageType.MESSAGE, MESSAGE_IP))
+_COUNTERS: Final = 2**64
 _NOT_OURS: Final = (MessageType.HANDSHAKE, MessageType.RECV_ERROR)
 _PACKETS: Final = SLOTS["mp.udp.rx.packets"]
 _BYTES: Final = SLOTS["mp.udp.rx.bytes"]
@@ -61,12 +76,12 @@ class PythonOpener:
         overlay: Sequence[IPNetwork],
         stats: StatsPage,
         clock: Callable[[], Seconds],
+        offloads: Offloads,
     ) -> None:
         self._socket = borrow_socket(self, udp_fd)
         self._worker = worker
         self._filler = filler
         self._tunnels = tunnels
-        self._flows = flows
         self._windows = windows
         self._traffic = traffic
         self._upcalls = upcalls
@@ -75,8 +90,9 @@ class PythonOpener:
         self._sources = Sources(overlay)
         self._stats = stats
         self._drops = Drops(stats)
+        self._delivery = Delivery(filler, flows=flows, upcalls=upcalls, drops=self._drops, offloads=offloads)
         self._clock = clock
-        self._datagram = memoryview(bytearray(DATAGRAM_BYTES_MAX + 1))
+        self._batch = Batch(joined=offloads.udp_gro, room_bytes=DATAGRAM_BYTES_MAX + 1)
         self._message = memoryview(bytearray(DATAGRAM_BYTES_MAX))
 
     def waiting(self) -> int:
@@ -88,10 +104,11 @@ class PythonOpener:
         now_ms = int(self._clock() * 1000)
         taken = self._poll_strangers(budget, now_ms)
         packets = size_bytes = 0
+        batch = self._batch
         lost = None
         while taken < budget:
             try:
-                size, source = self._socket.recvfrom_into(self._datagram, 0, socket.MSG_DONTWAIT)
+                source = batch.receive(self._socket)
             except BlockingIOError:
                 break
             except OSError as error:
@@ -102,13 +119,11 @@ class PythonOpener:
                 self._stats.add(_ICMP_SEEN)
                 taken += 1
                 continue
-            taken += 1
-            packets += 1
-            size_bytes += size
-            if size > DATAGRAM_BYTES_MAX:
-                self._drops.count(Drop.OVERSIZE)
-            else:
-                self._handle(self._datagram[:size], self._sources.get(source), now_ms)
+            taken += batch.count
+            packets += batch.count
+            size_bytes += batch.size_bytes
+            self._take(batch, self._sources.get(source), now_ms)
+        self._delivery.settle()
         self._filler.flush()
         self._upcalls.flush()
         self._strangers.flush()
@@ -131,9 +146,98 @@ class PythonOpener:
                 ring.release()
         return taken
 
+    def _take(self, batch: Batch, source: UdpAddr | None, now_ms: int) -> None:
+        """See to it that each datagram is opened, handed over or counted; `source` is as for `_handle`."""
+        if batch.is_cut:  # by a kernel that joins more than it says
+            self._drops.count(Drop.OVERSIZE, batch.count)
+            return
+        count = batch.count
+        if count == 1 or source is None or batch.stride > DATAGRAM_BYTES_MAX or not self._delivery.kinds:
+            for number in range(count):
+                self._handle(batch.datagram(number), source, now_ms)
+            return
+        at = 0
+        for first, end in batch.runs():
+            at = first
+            while end - at > 1:
+                taken = self._take_run(batch, at, end, source, now_ms)
+                if not taken:
+                    break
+                at += taken
+            for number in range(at, end):
+                self._handle(batch.datagram(number), source, now_ms)
+            at = end
+        for number in range(at, count):
+            self._handle(batch.datagram(number), source, now_ms)
+
+    def _take_run(self, batch: Batch, first: int, end: int, source: UdpAddr, now_ms: int) -> int:
+        """Open datagrams that differ in nothing but consecutive counters; gives how many, from the first on.
+
+        0 when they must be looked at one by one; then nothing has changed.
+        """
+        header = batch.datagram(first)[:HEADER_BYTES].tobytes()
+        if header[:2] != _DATA:
+            return 0
+        tunnel = self._tunnels.get(int.from_bytes(header[4:8], "big"))
+        if tunnel is None or tunnel.owner != self._worker or tunnel.state is not TunnelState.PROVEN:
+            return 0
+        window = self._windows.get(tunnel.local_index & 0xFFFF, tunnel.generation)
+        size = batch.stride - OVERHEAD_BYTES
+        if window is None or size < 0:
+            return 0
+        if batch.bytes_of(end - 1) < OVERHEAD_BYTES:
+            end -= 1
+        count = min(end - first, self._delivery.run_max(size))
+        counter = int.from_bytes(header[8:], "big")
+        if count < 2 or counter + count > _COUNTERS:
+            return 0
+        try:
+            window.check_range(counter, count)
+        except ReplayError:
+            return 0
+        if not self._delivery.try_room(size, count):
+            self._drops.count(Drop.OPEN_RING_FULL, count)
+            return count
+        arrival = Arrival(source, MessageType.MESSAGE, MESSAGE_IP, now_ms)
+        return self._open_run(tunnel, window, arrival, batch, range(first, first + count))
+
+    def _open_run(
+        self,
+        tunnel: TunnelRow[Ciphers],
+        window: ReplayWindow,
+        arrival: Arrival,
+        batch: Batch,
+        numbers: range,
+    ) -> int:
+        """Open what may become a superpacket; gives how many, 0 if nothing may or one is not authentic."""
+        delivery, aead = self._delivery, tunnel.ciphers.receive
+        size = batch.stride - OVERHEAD_BYTES
+        out = delivery.try_place(tunnel, arrival, size)
+        assert out is not None  # there is room for the whole run
+        datagram = batch.datagram(numbers.start)
+        counter = int.from_bytes(datagram[8:HEADER_BYTES], "big")
+        try:
+            aead.open_into(counter, datagram[:HEADER_BYTES], datagram[HEADER_BYTES:], out)
+            joint = delivery.open_run(aead, batch, numbers, counter, out)
+        except AuthError:
+            return 0
+        if joint is None:
+            return 0
+        window.update_range(counter, joint.packets)
+        row = tunnel.local_index & 0xFFFF
+        size_bytes = (joint.packets - 1) * batch.stride + joint.last + OVERHEAD_BYTES
+        self._traffic.received(row, tunnel.generation, joint.packets, size_bytes, arrival.at_ms)
+        if arrival.source != tunnel.underlay:
+            self._upcalls.moved(arrival, tunnel.local_index)
+        delivery.publish_run(tunnel, arrival, joint)
+        return joint.packets
+
     def _handle(self, datagram: memoryview, source: UdpAddr | None, now_ms: int) -> None:
         """See to it that a datagram is opened, handed over or counted; `source` is None if it has looped."""
         size = len(datagram)
+        if size > DATAGRAM_BYTES_MAX:
+            self._drops.count(Drop.OVERSIZE)
+            return
         if size < HEADER_BYTES and size > _PUNCH_BYTES_MAX:
             self._drops.count(Drop.SHORT)
             return
@@ -147,16 +251,16 @@ class PythonOpener:
             self._drops.count(Drop.LOOPED)
             return
         if kind is None:
-            self._upcalls.raw(UpcallReason.DATAGRAM, Arrival(source, 0, 0, now_ms), datagram)
+            self._hand_up(UpcallReason.DATAGRAM, Arrival(source, 0, 0, now_ms), datagram)
             return
         arrival = Arrival(source, kind, datagram[1], now_ms)
         if kind in _NOT_OURS or (kind == MessageType.MESSAGE and datagram[1] == MESSAGE_RELAY):
-            self._upcalls.raw(UpcallReason.DATAGRAM, arrival, datagram)
+            self._hand_up(UpcallReason.DATAGRAM, arrival, datagram)
             return
         index = int.from_bytes(datagram[4:8], "big")
         tunnel = self._tunnels.get(index)
         if tunnel is None:
-            self._upcalls.raw(UpcallReason.UNKNOWN_INDEX, arrival, datagram)
+            self._hand_up(UpcallReason.UNKNOWN_INDEX, arrival, datagram)
         elif tunnel.owner != self._worker:
             self._strangers.push(tunnel.owner, arrival, datagram)
         elif size < OVERHEAD_BYTES:
@@ -179,16 +283,15 @@ class PythonOpener:
             return
         size = len(datagram) - OVERHEAD_BYTES
         is_packet = arrival.type == MessageType.MESSAGE
-        if not is_packet:
-            out = self._message[:size]
-        elif size > self._filler.room_bytes:
-            self._drops.count(Drop.OVERSIZE)
-            return
-        elif not self._filler.try_room(size):
+        out: memoryview | None = self._message[:size]
+        if is_packet:
+            if not self._delivery.fits(size):
+                self._drops.count(Drop.OVERSIZE)
+                return
+            out = self._delivery.try_place(tunnel, arrival, size)
+        if out is None:
             self._drops.count(Drop.OPEN_RING_FULL)
             return
-        else:
-            out = self._filler.data[self._filler.at : self._filler.at + size]
         try:
             tunnel.ciphers.receive.open_into(counter, datagram[:HEADER_BYTES], datagram[HEADER_BYTES:], out)
         except AuthError:
@@ -196,29 +299,16 @@ class PythonOpener:
             return
         window.update(counter)
         self._traffic.received(row, tunnel.generation, 1, len(datagram), arrival.at_ms)
-        if tunnel.state is not TunnelState.PROVEN:
-            self._upcalls.opened(UpcallReason.FIRST, arrival, tunnel.local_index, out)
-        elif not is_packet:
-            self._upcalls.opened(UpcallReason.MESSAGE, arrival, tunnel.local_index, out)
+        if is_packet and tunnel.state is TunnelState.PROVEN:
+            if arrival.source != tunnel.underlay:
+                self._upcalls.moved(arrival, tunnel.local_index)
+            self._delivery.take(tunnel, arrival, size)
         else:
-            self._admit(tunnel, arrival, out)
+            self._delivery.settle()  # what came earlier goes up earlier
+            reason = UpcallReason.MESSAGE if tunnel.state is TunnelState.PROVEN else UpcallReason.FIRST
+            self._upcalls.opened(reason, arrival, tunnel.local_index, out)
 
-    def _admit(self, tunnel: TunnelRow[Ciphers], arrival: Arrival, packet: memoryview) -> None:
-        """Publish an authentic IP packet, which lies in the open ring, if the tables let it pass."""
-        if arrival.source != tunnel.underlay:
-            self._upcalls.moved(arrival, tunnel.local_index)
-        try:
-            flow = parse_flow(packet, inbound=True)
-        except WireError:
-            self._drops.count(Drop.INNER_IP)
-            return
-        if tunnel.sources is not None and flow.remote not in tunnel.sources:
-            self._drops.count(Drop.SOURCE_ADDR)
-            return
-        allowed = self._flows.inbound(flow, tunnel.peer, arrival.at_ms)
-        if allowed:
-            self._filler.describe(len(packet), 0, tunnel.local_index & 0xFFFF)
-        elif allowed is None:
-            self._upcalls.opened(UpcallReason.NEW_FLOW_IN, arrival, tunnel.local_index, packet)
-        else:
-            self._drops.count(Drop.REFUSED_IN)
+    def _hand_up(self, reason: UpcallReason, arrival: Arrival, datagram: memoryview) -> None:
+        """Let control see a datagram as it came, behind what came earlier."""
+        self._delivery.settle()
+        self._upcalls.raw(reason, arrival, datagram)

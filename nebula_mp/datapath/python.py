@@ -3,17 +3,16 @@
 Data flow: workers -> [PythonKernel] -> sealing | opening | drains, over the shared regions it attaches to
 Knows which part gets which region; knows nothing of processes.
 
-What it does not do yet: it moves one packet with one system call, has no offloads in either direction
-(`takes_coalesced`), and so neither cuts nor joins superpackets. Parts that will: `PythonSealer._take` sees
-each packet once it was read, `PythonOpener._admit` each before it is published, and the drains already send
-entries of several datagrams. It has no relay table: relay frames go up. A datagram too large for the path is
-counted; the sender inside the tunnel is not told.
+Superpackets of the TUN device are cut by `runs` and `segment`, and made by `batches`, `delivery` and
+`coalesce`. What it does not do yet: it has no relay table, so relay frames go up; and a datagram too large
+for the path is counted, but the sender inside the tunnel is not told.
 """
 
 import fcntl
 import os
 from collections.abc import Callable
 
+from nebula_mp.config.model import Offloads
 from nebula_mp.datapath.api import ReaderMemory, RingFds, UpcallLimits
 from nebula_mp.datapath.drains import TunDrain, UdpDrain
 from nebula_mp.datapath.filling import Drops, Filler, Strangers, Upcalls
@@ -43,6 +42,7 @@ class PythonReader:
         overlay: tuple[IPNetwork, ...],
         clock: Callable[[], Seconds],
         limits: UpcallLimits,
+        offloads: Offloads,
         poison: bool,
     ) -> None:
         stats = StatsPage(memory.stats, writable=True)
@@ -83,6 +83,7 @@ class PythonReader:
             stats=stats,
             clock=clock,
             entries_max=seal.geometry.entries_max,
+            offloads=offloads,
         )
         self.opener = PythonOpener(
             udp_fd,
@@ -113,6 +114,7 @@ class PythonReader:
             overlay=overlay,
             stats=stats,
             clock=clock,
+            offloads=offloads,
         )
 
     def sweep(self) -> int:
@@ -124,7 +126,6 @@ class PythonKernel:
     """A `datapath.api.Kernel`."""
 
     name = "python"
-    takes_coalesced = False
 
     def reader(
         self,
@@ -135,21 +136,31 @@ class PythonKernel:
         overlay: tuple[IPNetwork, ...],
         clock: Callable[[], Seconds],
         limits: UpcallLimits,
+        offloads: Offloads,
         poison: bool = False,
     ) -> PythonReader:
         """As `Kernel.reader`."""
         return PythonReader(
-            tun_fd, udp_fd, memory, overlay=overlay, clock=clock, limits=limits, poison=poison
+            tun_fd,
+            udp_fd,
+            memory,
+            overlay=overlay,
+            clock=clock,
+            limits=limits,
+            offloads=offloads,
+            poison=poison,
         )
 
-    def drain_udp(self, ring: Consumer, udp_fd: int, *, tunnels: int, stats: int) -> UdpDrain:
+    def drain_udp(
+        self, ring: Consumer, udp_fd: int, *, tunnels: int, stats: int, offloads: Offloads
+    ) -> UdpDrain:
         """As `Kernel.drain_udp`."""
         view = UnderlayView(_attach(tunnels, TUNNELS))
-        return UdpDrain(ring, udp_fd, view, StatsPage(stats, writable=True))
+        return UdpDrain(ring, udp_fd, view, StatsPage(stats, writable=True), offloads)
 
-    def drain_tun(self, ring: Consumer, tun_fd: int, *, stats: int) -> TunDrain:
+    def drain_tun(self, ring: Consumer, tun_fd: int, *, stats: int, offloads: Offloads) -> TunDrain:
         """As `Kernel.drain_tun`."""
-        return TunDrain(ring, tun_fd, StatsPage(stats, writable=True))
+        return TunDrain(ring, tun_fd, StatsPage(stats, writable=True), offloads)
 
     def bell_wait(self, bell: Bell, limit_ms: int) -> bool:
         """As `Kernel.bell_wait`."""

@@ -1,36 +1,39 @@
-"""TUN queue -> flow, peer, tunnel -> sealed into the seal ring, packet by packet.
+"""TUN queue -> flow, peer, tunnel -> sealed into the seal ring, packet by packet or a superpacket at a time.
 
-Data flow: TUN -> [PythonSealer] -> seal ring -> drains.UdpDrain
-                                 -> upcall ring -> control
+Data flow: TUN -> virtio -> [PythonSealer] -> runs -> seal ring -> drains.UdpDrain
+                                           -> upcall ring -> control
 Knows which packets may share a batch of counters; decides nothing: what the tables do not answer goes up.
-Source: docs/architecture.md, "The life of a packet"; docs/wire-format.md for the header.
+Source: docs/architecture.md, "The life of a packet".
 
-Packets for one peer that follow each other form a run. Its counters are reserved at once, before the first
-of it is sealed, and only when there is an area for all of it: so who dies here leaves a gap, never a counter
-that another one would take again.
+Packets for one peer that follow each other form a run, and so do the packets of a superpacket. Its counters
+are reserved at once, before the first of it is sealed, and only when there is an area for all of it: so who
+dies here leaves a gap, never a counter that another one would take again. A superpacket that does not fit an
+area becomes several runs.
 """
 
 import os
-import struct
 from collections import deque
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
-from nebula_mp.crypto.aead import TAG_BYTES, Aead
+from nebula_mp.config.model import Offloads
+from nebula_mp.crypto.aead import Aead
 from nebula_mp.datapath.api import Drop, UpcallReason
 from nebula_mp.datapath.filling import Drops, Filler, Upcalls
+from nebula_mp.datapath.runs import OVERHEAD_BYTES, Places, PlainRun, Run, Superpacket, SuperRun, Target
+from nebula_mp.datapath.segment import complete
+from nebula_mp.datapath.virtio import HEADER_BYTES as VIRTIO_BYTES
+from nebula_mp.datapath.virtio import PACKET_BYTES_MAX, PLAIN, GsoType, OffloadError, VirtioHeader
 from nebula_mp.errors import WireError
-from nebula_mp.newtypes import Buffer, Cipher, Seconds
+from nebula_mp.newtypes import Cipher, Seconds
 from nebula_mp.shm_counters import Refusal, SendCounters, Traffic
 from nebula_mp.shm_flows import REFUSED, FlowView
 from nebula_mp.shm_peers import PeerView
 from nebula_mp.shm_stats import SLOTS, StatsPage
 from nebula_mp.shm_table import PeerRef
 from nebula_mp.shm_tunnels import TunnelRow, TunnelState, TunnelView
-from nebula_mp.wire.header import HEADER_BYTES, MESSAGE_IP, VERSION, MessageType
-from nebula_mp.wire.ip import parse_flow
+from nebula_mp.wire.ip import IPV6_HEADER_BYTES, parse_flow
 
-OVERHEAD_BYTES: Final = HEADER_BYTES + TAG_BYTES
 HOLD: Final = Seconds(0.001)
 """So long a run is held back for another worker to send."""
 
@@ -39,9 +42,8 @@ LOCK_HOLD: Final = Seconds(0.05)
 it, and has it back a few time slices later: with 15 tasks on 2 cores a millisecond cost 10 to 20 packets of
 4,000. Who was stopped for good costs every run this much, until the supervisor kills it."""
 
-_PACKET_BYTES_MAX: Final = 65_535
+_PACKET_BYTES_MAX: Final = PACKET_BYTES_MAX + IPV6_HEADER_BYTES
 _ARENA_BYTES: Final = 4 * _PACKET_BYTES_MAX
-_HEADER = struct.Struct("!BBHIQ")
 _PACKETS: Final = SLOTS["mp.tun.rx.packets"]
 _BYTES: Final = SLOTS["mp.tun.rx.bytes"]
 _BEYOND: Final = SLOTS["mp.counter.span"]
@@ -58,38 +60,6 @@ class Ciphers(NamedTuple):
     def build(cls, cipher: Cipher, send_key: memoryview, receive_key: memoryview) -> "Ciphers":
         """Expand both keys, which are borrowed for the call."""
         return cls(Aead(cipher, send_key), Aead(cipher, receive_key))
-
-
-def seal_message(
-    aead: Aead,
-    first_bytes: tuple[int, int],
-    remote_index: int,
-    counter: int,
-    plaintext: Buffer,
-    *,
-    out: memoryview,
-) -> None:
-    """Write header, ciphertext and tag to `out`, which is OVERHEAD_BYTES longer than `plaintext`.
-
-    `first_bytes` are version and type, and subtype. `counter` was reserved for this message.
-    """
-    header = _HEADER.pack(*first_bytes, 0, remote_index, counter)
-    out[:HEADER_BYTES] = header
-    aead.seal_into(counter, header, plaintext, out[HEADER_BYTES:])
-
-
-_DATA: Final = (VERSION << 4 | MessageType.MESSAGE, MESSAGE_IP)
-
-
-class _Run:
-    """Packets for one peer, in the order in which they came; `size_bytes` once they are sealed."""
-
-    __slots__ = ("packets", "peer", "size_bytes")
-
-    def __init__(self, peer: PeerRef) -> None:
-        self.peer = peer
-        self.packets: list[memoryview] = []
-        self.size_bytes = 0
 
 
 class PythonSealer:
@@ -110,11 +80,13 @@ class PythonSealer:
         stats: StatsPage,
         clock: Callable[[], Seconds],
         entries_max: int,
+        offloads: Offloads,
     ) -> None:
         """`area` gives the number of the area being filled."""
         self._descriptor = tun_fd
         self._filler = filler
         self._area = area
+        self._places = Places(filler, area)
         self._tunnels = tunnels
         self._peers = peers
         self._flows = flows
@@ -125,10 +97,12 @@ class PythonSealer:
         self._drops = Drops(stats)
         self._clock = clock
         self._entries_max = entries_max
+        self._header = bytearray(VIRTIO_BYTES if offloads.tun_header else 0)  # of the packet read last
         # Packets that were read lie here one behind the other until their run was sealed.
         self._arena = memoryview(bytearray(_ARENA_BYTES))
         self._at = 0
-        self._runs: deque[_Run] = deque()
+        self._runs: deque[Run] = deque()
+        self._growing: PlainRun | None = None  # the last run, if packets may still be added
         self._held_since: Seconds | None = None
 
     @property
@@ -146,26 +120,27 @@ class PythonSealer:
         now_ms = int(now * 1000)
         taken = size_bytes = 0
         lost = None
-        self._seal_runs(now, leave=0)
-        while taken < budget and not self.is_holding:
+        self._seal_runs(now)
+        while taken < budget and self._held_since is None:
             if self._at + _PACKET_BYTES_MAX > _ARENA_BYTES:
-                self._seal_runs(now, leave=0)
+                self._seal_runs(now)
                 continue
-            room = self._arena[self._at : self._at + _PACKET_BYTES_MAX]
             try:
-                size = os.readv(self._descriptor, [room])
+                read = self._read()
             except BlockingIOError:
                 break
             except OSError as error:
                 lost = error
                 break
-            taken += 1
-            size_bytes += size
-            self._take(room[:size], now_ms)
+            packets, inner_bytes = self._take(read, now_ms)
+            taken += packets
+            size_bytes += inner_bytes
             # A run that may still grow stays; the others go.
-            self._seal_runs(now, leave=1)
+            leave = self._growing is not None
+            if len(self._runs) > leave:
+                self._seal_runs(now, leave=leave)
         if not self.is_holding:
-            self._seal_runs(now, leave=0)
+            self._seal_runs(now)
         self._filler.flush()
         self._upcalls.flush()
         if taken:
@@ -175,36 +150,89 @@ class PythonSealer:
             raise lost
         return taken
 
-    def _take(self, packet: memoryview, now_ms: int) -> None:
-        """Add a packet that was read to the run it belongs to, or see to it that it goes elsewhere."""
-        try:
-            flow = parse_flow(packet, inbound=False)
-        except WireError:
-            self._drops.count(Drop.TUN_INNER_IP)
+    def _read(self) -> memoryview | None:
+        """Read a packet or superpacket into the arena, its header apart; None if it ends in the header."""
+        room = self._arena[self._at : self._at + _PACKET_BYTES_MAX]
+        header = self._header
+        size = os.readv(self._descriptor, [header, room] if header else [room]) - len(header)
+        return room[:size] if size >= 0 else None
+
+    def _take(self, packet: memoryview | None, now_ms: int) -> tuple[int, int]:
+        """Add what was read to the run it belongs to, or see to it that it goes elsewhere.
+
+        Gives the number of packets it stands for, and their bytes.
+        """
+        if packet is None:
+            self._drops.count(Drop.TUN_OFFLOAD)
+            return 1, 0
+        header = PLAIN
+        if self._header:
+            try:
+                header = VirtioHeader.parse(self._header, packet)
+            except OffloadError:
+                self._drops.count(Drop.TUN_OFFLOAD)
+                return 1, len(packet)
+        if header.gso is GsoType.NONE:
+            self._take_packet(header, packet, now_ms)
+            return 1, len(packet)
+        superpacket = Superpacket(header, packet)
+        self._take_superpacket(superpacket, now_ms)
+        cut = superpacket.cut
+        return cut.count, len(packet) + (cut.count - 1) * cut.header_bytes
+
+    def _take_packet(self, header: VirtioHeader, packet: memoryview, now_ms: int) -> None:
+        peer = self._find(packet, 1, now_ms)
+        if peer == REFUSED:
             return
-        peer = self._flows.outbound(flow, now_ms)
+        if header.needs_checksum:
+            complete(header, packet)
         size_bytes = len(packet) + OVERHEAD_BYTES
         if peer is None:
             self._upcalls.plain(UpcallReason.NEW_FLOW_OUT, packet, now_ms)
-        elif peer == REFUSED:
-            self._drops.count(Drop.REFUSED_OUT)
         elif size_bytes > self._filler.room_bytes:
             self._drops.count(Drop.OVERSIZE)
         else:
-            run = self._runs[-1] if self._runs else None
+            run = self._growing
             if (
                 run is None
                 or run.peer != peer
                 or run.size_bytes + size_bytes > self._filler.room_bytes
-                or len(run.packets) == self._entries_max
+                or run.count == self._entries_max
             ):
-                run = _Run(peer)
+                run = self._growing = PlainRun(peer)
                 self._runs.append(run)
-            run.packets.append(packet)
-            run.size_bytes += size_bytes
+            run.append(packet)
             self._at += len(packet)
 
-    def _seal_runs(self, now: Seconds, *, leave: int) -> None:
+    def _take_superpacket(self, superpacket: Superpacket, now_ms: int) -> None:
+        packet, count = superpacket.packet, superpacket.cut.count
+        peer = self._find(packet, count, now_ms)
+        if peer == REFUSED:
+            return
+        room_bytes = self._filler.room_bytes
+        if peer is None:
+            for each in superpacket.packets():
+                self._upcalls.plain(UpcallReason.NEW_FLOW_OUT, each, now_ms)
+        elif superpacket.stride > room_bytes:
+            self._drops.count(Drop.OVERSIZE, count)
+        else:
+            self._runs.extend(SuperRun.divide(peer, superpacket, room_bytes))
+            self._growing = None
+            self._at += len(packet)
+
+    def _find(self, packet: memoryview, count: int, now_ms: int) -> PeerRef | None:
+        """Whom a superpacket of `count`, or a packet, goes to; None: ask control. REFUSED: it was counted."""
+        try:
+            flow = parse_flow(packet, inbound=False)
+        except WireError:
+            self._drops.count(Drop.TUN_INNER_IP, count)
+            return REFUSED
+        peer = self._flows.outbound(flow, now_ms)
+        if peer == REFUSED:
+            self._drops.count(Drop.REFUSED_OUT, count)
+        return peer
+
+    def _seal_runs(self, now: Seconds, *, leave: int = 0) -> None:
         """Seal the oldest runs until one must be held, or so many are left."""
         while len(self._runs) > leave:
             if not self._try_seal(self._runs[0], now):
@@ -212,18 +240,19 @@ class PythonSealer:
             self._held_since = None
             self._runs.popleft()
         if not self._runs:
+            self._growing = None
             self._at = 0
 
-    def _try_seal(self, run: _Run, now: Seconds) -> bool:
+    def _try_seal(self, run: Run, now: Seconds) -> bool:
         """Seal a run, or see to it that it goes elsewhere; False when it is to be held back."""
-        count = len(run.packets)
+        count = run.count
         held = Seconds(0) if self._held_since is None else Seconds(now - self._held_since)
         # Again when the tunnel ended in between: its successor may be there already.
         for _ in range(2):
             tunnel = self._tunnel(run.peer)
             if tunnel is None:
                 break
-            if not self._filler.try_room(run.size_bytes, count):
+            if not self._filler.try_room(run.size_bytes, run.entries, run.align):
                 self._drops.count(Drop.SEAL_RING_FULL, count)
                 return True
             row, generation = tunnel.local_index & 0xFFFF, tunnel.generation
@@ -231,7 +260,8 @@ class PythonSealer:
             first = self._counters.reserve(row, generation, count, self._area(), regardless=held >= HOLD)
             self._stats.add(_BEYOND, self._counters.beyond_span - beyond)
             if not isinstance(first, Refusal):
-                self._seal(run, tunnel, first)
+                target = Target(tunnel.ciphers.send, tunnel.remote_index, row)
+                run.seal(self._filler, self._places, target, first)
                 self._traffic.sent(row, generation, count, run.size_bytes, int(now * 1000))
                 return True
             if first is Refusal.BUSY:
@@ -243,7 +273,7 @@ class PythonSealer:
                 if self._held_since is None:
                     self._held_since = now
                 return False
-        for packet in run.packets:
+        for packet in run.packets():
             self._upcalls.plain(UpcallReason.NO_TUNNEL, packet, int(now * 1000))
         return True
 
@@ -254,12 +284,3 @@ class PythonSealer:
         if tunnel is None or tunnel.state is not TunnelState.PROVEN or tunnel.underlay is None:
             return None
         return tunnel
-
-    def _seal(self, run: _Run, tunnel: TunnelRow[Ciphers], first: int) -> None:
-        filler, aead, index = self._filler, tunnel.ciphers.send, tunnel.remote_index
-        row = tunnel.local_index & 0xFFFF
-        for counter, packet in enumerate(run.packets, first):
-            size = len(packet) + OVERHEAD_BYTES
-            out = filler.data[filler.at : filler.at + size]
-            seal_message(aead, _DATA, index, counter, packet, out=out)
-            filler.describe(size, size, row)

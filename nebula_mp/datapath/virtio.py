@@ -41,6 +41,7 @@ PACKET_BYTES_MAX: Final = 0xFFFF
 """Of an IPv4 packet; an IPv6 one may be longer by its fixed header."""
 
 _LAYOUT: Final = struct.Struct("=BBHHHH")  # flags, gso_type, hdr_len, gso_size, csum_start, csum_offset
+_HDR_LEN: Final = struct.Struct("=2xH")
 _NEEDS_CSUM: Final = 1
 _DATA_VALID: Final = 2  # the kernel verified the checksum; it is right, so there is nothing to do
 _ECN: Final = 0x80
@@ -124,6 +125,12 @@ class VirtioHeader(NamedTuple):
             self.checksum_start,
             self.checksum_offset,
         )
+
+
+def encoded_header_bytes(header: Buffer) -> int:
+    """The IP and transport header bytes that `encode` wrote; only for a header of our own."""
+    found: int = _HDR_LEN.unpack_from(header)[0]
+    return found
 
 
 PLAIN: Final = VirtioHeader()

@@ -153,7 +153,8 @@ class Conntrack:
         for table, timeout in self._tables():
             if not table:
                 continue
-            key, flow = next(iter(table.items()))
+            key = next(iter(table))
+            flow = table[key]
             if now - flow.seen < timeout:
                 continue
             if now - self._refreshed(key, flow) >= timeout:

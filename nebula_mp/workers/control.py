@@ -3,6 +3,7 @@
 Data flow: its UDP socket | upcall rings | timer | supervisor | services -> [workers.control] -> Controller
            Controller's actions -> [workers.control] -> UDP socket | TUN queues | log
            Controller -> workers.tables -> shared memory -> readers
+           datagrams that came before their tunnel -> workers.handover -> the readers that own them
 It waits, takes a batch, calls the controller and performs what that returns; what a packet means, and what
 happens next, is decided there. It opens nothing after its start: all descriptors come from the supervisor.
 Should it die, its successor goes on from the shared tables and the journal; docs/architecture.md says how.
@@ -12,19 +13,20 @@ import asyncio
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from ipaddress import ip_address
 from typing import Any
 
 import nebula_mp
 from nebula_mp import clock
 from nebula_mp.config.model import Config, LogLevel
-from nebula_mp.control.actions import Action, LogEvent, SendDatagram, WriteTun
+from nebula_mp.control.actions import Action, HandOver, LogEvent, SendDatagram, WriteTun
 from nebula_mp.control.controller import Controller, HostStatus
 from nebula_mp.control.plane import Opened
 from nebula_mp.datapath.api import Upcall, UpcallReason, take_upcalls
 from nebula_mp.errors import NebulaError, RingError, SystemCallError
 from nebula_mp.ioctl_tun import TunDevice, TunLostError, WriteFault
-from nebula_mp.newtypes import Instant, IPAddress, Seconds, UdpAddr
+from nebula_mp.newtypes import Instant, IPAddress, Seconds, TunnelIndex, UdpAddr
 from nebula_mp.shm import LockFile
 from nebula_mp.shm import Mapping as Memory
 from nebula_mp.shm_ring import DATA, STATE, Bell, Consumer
@@ -36,6 +38,7 @@ from nebula_mp.workers import logs
 from nebula_mp.workers.channel import Channel, Message
 from nebula_mp.workers.checked import Checked, read_pki
 from nebula_mp.workers.expiry import ExpiryWatch
+from nebula_mp.workers.handover import Handover
 from nebula_mp.workers.loop import BATCH, Alarm, end_on_error, run
 from nebula_mp.workers.parts import ControlParts, upcall_lock
 from nebula_mp.workers.pki import Pki
@@ -53,7 +56,7 @@ _UDP_TX = SLOTS["mp.udp.tx.packets"], SLOTS["mp.udp.tx.bytes"]
 _TUN_TX = SLOTS["mp.tun.tx.packets"], SLOTS["mp.tun.tx.bytes"]
 _AGAIN = SLOTS["mp.tun.again"]
 _ICMP = SLOTS["mp.rx.icmp"]
-_TYPES = frozenset(MessageType)
+_TYPES = {int(each): each for each in MessageType}
 
 
 def main(parts: ControlParts) -> int:
@@ -70,8 +73,8 @@ class Control:
         self._checked = parts.checked
         self._pki = pki
         self._log = log
-        self._udp = UdpSocket(socket.socket(fileno=parts.udp))
-        self._tuns = _queues(parts.tuns, parts.device)
+        self._udp = UdpSocket(socket.socket(fileno=parts.udp), coalesces=parts.offloads.udp_gro)
+        self._tuns = _queues(parts.tuns, parts)
         self._plane = ShmPlane(parts.tables, parts.owners, clock=clock.monotonic)
         self._controller = Controller(
             self._config, pki.identity, pki.pool, clock.entropy, plane=self._plane, now=clock.now()
@@ -81,6 +84,7 @@ class Control:
         self._bell = Bell(parts.bell)
         self._locks = LockFile(parts.ring_locks)
         self._upcalls: dict[int, Consumer] = {}
+        self._handover = Handover(parts.strangers_out, parts.stranger_bells, self._page)
         self._supervisor = Channel(parts.supervisor, "the supervisor")
         self._services = Channel(parts.services, "services")
         self._stats: Counter[str] = Counter()
@@ -154,9 +158,10 @@ class Control:
     def _on_bell(self) -> None:
         """Take what readers could not decide: first all packets go where they belong, then their flows."""
         self._bell.empty()
+        now = clock.now()
         for worker in list(self._upcalls):
             for upcall in self._take(worker):
-                self._perform(self._decide(upcall, clock.now()))
+                self._perform(self._decide(upcall, now))
         self._settle()
 
     def _take(self, worker: int) -> Iterator[Upcall]:
@@ -169,12 +174,13 @@ class Control:
             if ring.pending():
                 self._bell.ring()
         except RingError as error:
-            self._give_back(worker, error)
+            self._give_back(worker, error, f"upcall/{worker}")
 
-    def _give_back(self, worker: int, error: RingError) -> None:
-        """Use a ring no more until the supervisor has emptied it."""
+    def _give_back(self, worker: int, error: RingError, ring: str) -> None:
+        """Use the rings of a worker no more until the supervisor has emptied them."""
         self._upcalls.pop(worker, None)
-        fields = {"ring": f"upcall/{worker}", "field": error.field, "value": error.value}
+        self._handover.detach(worker)
+        fields = {"ring": ring, "field": error.field, "value": error.value}
         logs.write(LogLevel.ERROR, "ring contradiction", fields)
         self._supervisor.send("bad_ring", {"worker": worker})
 
@@ -189,12 +195,13 @@ class Control:
             case UpcallReason.MOVED:
                 return self._controller.handle_moved(upcall.local_index, upcall.source, now)
             case _:
-                message = Opened(MessageType(upcall.type), upcall.subtype, upcall.packet, upcall.source)
+                message = Opened(_TYPES[upcall.type], upcall.subtype, upcall.packet, upcall.source)
                 return self._controller.handle_opened(upcall.local_index, message, now)
 
     def _settle(self) -> None:
         """Let the readers know what was decided, now that the packets it was decided for are on their way."""
         self._controller.handle_displaced(self._plane.settle(clock.monotonic()))
+        self._handover.flush()
         self._rearm()
 
     def _on_alarm(self) -> None:
@@ -223,8 +230,18 @@ class Control:
                         self._count(_UDP_TX, data)
                 case WriteTun(packet, queue):
                     self._write_tun(packet, self._tuns[queue])
+                case HandOver(index, datagram, source):
+                    self._hand_over(index, datagram, source)
                 case LogEvent():
                     logs.log(action)
+
+    def _hand_over(self, index: TunnelIndex, datagram: bytes, source: UdpAddr) -> None:
+        """Let the reader that owns the tunnel now, which was published before, open the datagram."""
+        owner = self._plane.owner(index)
+        try:
+            self._handover.push(owner, datagram, source, clock.monotonic())
+        except RingError as error:
+            self._give_back(owner, error, f"stranger/control/{owner}")
 
     def _count(self, slots: tuple[int, int], packet: bytes) -> None:
         packets, size_bytes = slots
@@ -333,7 +350,7 @@ class Control:
         self._publish_counts()
         for tun in self._tuns:
             tun.close()
-        self._tuns = _queues(message.descriptors, self._parts.device)
+        self._tuns = _queues(message.descriptors, self._parts)
 
     def _on_stop(self, _: Message) -> None:
         self._perform(self._controller.handle_stop(clock.now()))
@@ -341,7 +358,7 @@ class Control:
         self._end(0)
 
     def _attach(self, worker: int) -> None:
-        """Become the consumer of a reader's upcalls. Raises SystemCallError."""
+        """Become the consumer of a reader's upcalls, and fill its ring of ours. Raises SystemCallError."""
         self._upcalls.pop(worker, None)
         if not self._locks.lock(upcall_lock(worker)).try_take():
             raise SystemCallError(f"upcall ring {worker}: another process reads it")
@@ -350,8 +367,10 @@ class Control:
             data = Memory(ring.data, DATA, writable=False, name=name)
             state = Memory(ring.state, STATE, writable=True, name=name)
             self._upcalls[worker] = Consumer(data, state, segments=False)
+            name = f"stranger/control/{worker}"
+            self._handover.attach(worker)
         except RingError as error:
-            self._give_back(worker, error)
+            self._give_back(worker, error, name)
 
     # ---- services ----
 
@@ -372,6 +391,7 @@ class Control:
             "device": self._parts.device,
             "listen": str(self._udp.local),
             "kernel": "python",
+            "offloads": asdict(self._parts.offloads),
             "mtu_bytes": self._config.tun.mtu,
             "sources": list(self._checked.sources),
             "networks": [str(network) for network in self._pki.identity.networks],
@@ -411,8 +431,7 @@ class Control:
 
 def _check(upcall: Upcall) -> None:
     """Raise RingError for what no reader writes: control does not end because one of them went mad."""
-    plain = upcall.reason in (UpcallReason.NEW_FLOW_OUT, UpcallReason.NO_TUNNEL)
-    if upcall.source is None and not plain:
+    if upcall.source is None and upcall.reason not in (UpcallReason.NEW_FLOW_OUT, UpcallReason.NO_TUNNEL):
         raise RingError("upcall ring", "source", None, f"an address with {upcall.reason.name}")
     if upcall.type not in _TYPES:
         raise RingError("upcall ring", "type", upcall.type, "one of MessageType")
@@ -425,8 +444,8 @@ def _checked(message: Message) -> Checked:
     return checks.decode(message.body["checked"], key=message.descriptors[0])
 
 
-def _queues(descriptors: Sequence[int], device: str) -> tuple[TunDevice, ...]:
-    return tuple(TunDevice(descriptor, device) for descriptor in descriptors)
+def _queues(descriptors: Sequence[int], parts: ControlParts) -> tuple[TunDevice, ...]:
+    return tuple(TunDevice(descriptor, parts.device, parts.offloads) for descriptor in descriptors)
 
 
 def _remotes(body: Mapping[str, Any]) -> Mapping[IPAddress, Sequence[UdpAddr]]:

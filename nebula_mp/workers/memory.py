@@ -19,6 +19,8 @@ from typing import Final
 
 from nebula_mp import clock, shm_stats
 from nebula_mp.datapath.api import (
+    CONTROL,
+    HANDOVER_AREAS,
     STRANGER_AREAS,
     UPCALL_AREA_BYTES,
     UPCALL_AREAS,
@@ -88,6 +90,10 @@ class Memory:
             for owner in every
             if reader != owner
         }
+        self._handover = [
+            self._keep(RingMemory.create(f"stranger/control/{owner}", areas=HANDOVER_AREAS, **small))
+            for owner in every
+        ]
         self._locks = LockFile.create()
         self._closing.callback(self._locks.close)
 
@@ -158,9 +164,12 @@ class Memory:
             udp=host.steering.control.fileno(),
             reads_udp=host.steering.is_steered,
             tuns=host.tuns,
+            offloads=host.offloads,
             tables=self._table_descriptors(),
             owners=host.steering.owners,
             upcall_rings=tuple(map(_to_drain, self._upcall)),
+            strangers_out=tuple(map(_to_fill, self._handover)),
+            stranger_bells=tuple(bell.descriptor for bell in self._reader_bells),
             ring_locks=self._locks.descriptor,
             bell=self._control_bell.descriptor,
             pages=tuple((name, page.read_only) for name, page in self._pages.items() if name != "control"),
@@ -214,6 +223,7 @@ class Memory:
             logging=checked.config.logging,
             tun=host.tuns[number],
             udp=host.steering.reader(number).fileno(),
+            offloads=host.offloads,
             memory=self._reader_memory(number),
             seal_ring=_to_drain(self._seal[number]),
             open_ring=_to_drain(self._open[number]),
@@ -252,7 +262,12 @@ class Memory:
             upcall_ring=_to_fill(self._upcall[number]),
             seal_states=self._seal_states(),
             strangers_in={
-                reader: _to_drain(ring) for (reader, owner), ring in self._stranger.items() if owner == number
+                CONTROL: _to_drain(self._handover[number]),
+                **{
+                    reader: _to_drain(ring)
+                    for (reader, owner), ring in self._stranger.items()
+                    if owner == number
+                },
             },
             strangers_out={
                 owner: _to_fill(ring) for (reader, owner), ring in self._stranger.items() if reader == number
@@ -277,6 +292,7 @@ class Memory:
             logging=checked.config.logging,
             tun=host.tuns[number],
             udp=host.steering.reader(number).fileno(),
+            offloads=host.offloads,
             tunnels=self.tables.tunnels.read_only,
             seal_ring=_to_drain(self._seal[number]),
             open_ring=_to_drain(self._open[number]),
@@ -308,9 +324,9 @@ class Memory:
     def empty_rings(self, worker: int) -> None:
         """Empty the rings of a worker both of whose processes have ended.
 
-        Control, which lives on, must be told to attach to the ring of upcalls anew.
+        Control, which lives on, must be told to attach anew to the ring of upcalls, and to the one it fills.
         """
-        for ring in (self._seal[worker], self._open[worker], self._upcall[worker]):
+        for ring in (self._seal[worker], self._open[worker], self._upcall[worker], self._handover[worker]):
             ring.reset()
 
     def empty_stranger_rings(self) -> None:
@@ -382,7 +398,7 @@ def _written(descriptor: int, start: int, step: int) -> Iterator[bytes]:
 
 def _allow_descriptors(workers: int) -> None:
     """Raise our own limit to what the rings need, which grows with the square of the workers."""
-    needed = 4 * workers * (workers + 3) + 16 * workers + 128
+    needed = 4 * workers * (workers + 4) + 16 * workers + 128
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < needed:
         if hard != resource.RLIM_INFINITY and hard < needed:

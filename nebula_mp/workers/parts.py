@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
 from typing import Final
 
-from nebula_mp.config.model import DrainMode, LoggingConfig
+from nebula_mp.config.model import DrainMode, LoggingConfig, Offloads
 from nebula_mp.datapath.api import ReaderMemory, RingFds, UpcallLimits
 from nebula_mp.newtypes import IPNetwork
 from nebula_mp.shm_table import WORKERS_MAX
@@ -49,7 +49,7 @@ def upcall_lock(worker: int) -> int:
 
 
 def stranger_lock(reader: int, owner: int) -> int:
-    """Lock that `owner` has as the consumer of the ring that `reader` fills for it."""
+    """Lock that `owner` has as the consumer of the ring that `reader`, or CONTROL, fills for it."""
     return _KINDS * WORKERS_MAX + reader * WORKERS_MAX + owner
 
 
@@ -85,6 +85,7 @@ class ReaderParts(Parts):
     bell: Fd  # its own: strangers wait
     writer_bell: Fd
     writer_stats: Fd  # read-only
+    offloads: Offloads  # granted
     schedstat: Fd  # /proc/self/schedstat, opened in the child before it is locked down; -1 if there is none
     drain: DrainMode
     cpus: int  # how many this program may use
@@ -99,6 +100,7 @@ class WriterParts(Parts):
 
     tun: Fd
     udp: Fd
+    offloads: Offloads  # granted
     tunnels: Fd  # read-only
     seal_ring: RingFds  # data read-only, state writable
     open_ring: RingFds  # the same
@@ -131,9 +133,12 @@ class ControlParts(Parts):
     udp: Fd
     reads_udp: bool  # False where the kernel does not steer: the one socket is the reader's
     tuns: tuple[Fd, ...]  # for writing
+    offloads: Offloads  # granted
     tables: TableFds
     owners: tuple[int, ...]  # the reader that owns each share of the local indexes
     upcall_rings: tuple[RingFds, ...]  # data read-only, state writable
+    strangers_out: tuple[RingFds, ...]  # by the reader that drains it; data writable, state read-only
+    stranger_bells: tuple[Fd, ...]  # by the reader that they wake
     ring_locks: Fd
     bell: Fd
     pages: tuple[tuple[str, Fd], ...]  # stats of every other process, read-only
@@ -170,7 +175,7 @@ def descriptors(parts: object) -> Iterator[int]:
             yield from _found(value)
 
 
-_NUMBERS: Final = frozenset({"number", "start", "worker", "cpus", "owners", "uids", "limits"})
+_NUMBERS: Final = frozenset({"number", "start", "worker", "cpus", "owners", "uids", "limits", "offloads"})
 
 
 def _found(value: object) -> Iterator[int]:

@@ -114,6 +114,7 @@ class _Loop:
             overlay=parts.overlay,
             clock=clock.monotonic,
             limits=parts.limits,
+            offloads=parts.offloads,
             poison=parts.poison,
         )
         sealer, opener = self._reader.sealer, self._reader.opener

@@ -23,6 +23,7 @@ not know which one counts); to free a peer's row before its last tunnel's (its f
 
 import collections
 import math
+import select
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
@@ -39,7 +40,7 @@ from nebula_mp.handshake.machine import Completed, SessionKeys
 from nebula_mp.newtypes import Counter, Curve, Fingerprint, IPAddress, Seconds, TunnelIndex, UdpAddr
 from nebula_mp.shm import LockFile, Mapping
 from nebula_mp.shm_counters import Refusal, SendCounters, Traffic, TrafficTotals
-from nebula_mp.shm_flows import REFUSED, Displaced, FlowTable
+from nebula_mp.shm_flows import REFUSED, FlowTable
 from nebula_mp.shm_peers import PeerTable, PeerView
 from nebula_mp.shm_ring import STATE, TAIL
 from nebula_mp.shm_table import (
@@ -62,11 +63,16 @@ from nebula_mp.workers.journal import Journal, Record, SavedCertificate
 from nebula_mp.workers.parts import TableFds
 from nebula_mp.workers.shares import Shares
 
-COUNTER_WAIT: Final = Seconds(0.002)
-"""For so long control waits for a counter whose lock another process has."""
-_COUNTER_TRIES: Final = 100  # of about 50 us each; should the clock stand still
+COUNTER_WAIT: Final = Seconds(0.05)
+"""For so long control waits for a counter whose lock another process has, as a sealer does (its LOCK_HOLD):
+that process lost its core while it had it. Who was stopped for good costs control this once for the tunnel,
+not with every message: the next ones have one try."""
+_STOPPED: Final = Seconds(3)  # by then the supervisor has killed it
+_NAP: Final = 0.0005  # s; it may need our core
+_COUNTER_TRIES: Final = 100  # with a nap after each
 
-_NOTHING_PASSED: Final = Passed(0, Seconds(float("-inf")), 0)
+_NEVER: Final = Seconds(float("-inf"))
+_NOTHING_PASSED: Final = Passed(0, _NEVER, 0)
 
 Addresses = tuple[IPAddress, ...]
 
@@ -89,6 +95,7 @@ class _Open:
     generation: int
     remote: UdpAddr
     is_noted: bool  # in the journal, or too long for it
+    busy_at: Seconds = _NEVER  # when a wait for its counter was last in vain
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +150,11 @@ class ShmPlane:
             lambda worker: states[worker].words[TAIL],
         )
         self._tunnels = TunnelTable(Mapping(tables.tunnels, TUNNELS, writable=True), keys, self._counters)
-        self._flows = FlowTable(
-            Mapping(tables.flows, FLOWS, writable=True), Mapping(tables.seen, SEEN, writable=True)
-        )
+        flows, seen = Mapping(tables.flows, FLOWS, writable=True), Mapping(tables.seen, SEEN, writable=True)
+        # Hashed, most of the first ten thousand flows would be the first in their page: 4 us for each page.
+        for mapping in (flows, seen):
+            mapping.populate()
+        self._flows = FlowTable(flows, seen)
         self._journal = Journal(Mapping(tables.journal, JOURNAL, writable=True))
         self._routes = PeerView(self._peers_memory)
         self._sent = Traffic(traffic[last])
@@ -157,7 +166,8 @@ class ShmPlane:
         self._peers: dict[Addresses, _Peer] = {}
         self._peers_by_first: dict[IPAddress, list[_Peer]] = {}
         self._order = 0
-        self._unsettled: list[Callable[[int], Displaced | None]] = []
+        # Flow, peer, and for how long it is allowed; or which direction is refused.
+        self._unsettled: list[tuple[FlowKey, PeerRef, int | Direction]] = []
 
     # ---- shares ----
 
@@ -171,11 +181,15 @@ class ShmPlane:
         assert len(owners) == self.workers
         self._owners = tuple(owners)
         for index, known in self._open.items():
-            self._publish(known, replace(known.fields, owner=self._owner(index)))
+            self._publish(known, replace(known.fields, owner=self.owner(index)))
+
+    def owner(self, index: TunnelIndex) -> int:
+        """The reader that opens what comes for a tunnel of this local index, as things are."""
+        return self._owners[index % self.workers]
 
     def queue_for(self, tunnel: Tunnel) -> int:
         """As `DataPlane.queue_for`: that of the reader that owns the tunnel."""
-        return self._owner(tunnel.local_index)
+        return self.owner(tunnel.local_index)
 
     # ---- tunnels ----
 
@@ -228,27 +242,45 @@ class ShmPlane:
     # ---- counters ----
 
     def try_reserve(self, tunnel: Tunnel, size_bytes: int) -> Counter | None:
-        """As `DataPlane.try_reserve`; waits 2 ms at most, and sends whatever another worker still holds."""
+        """As `DataPlane.try_reserve`; waits 50 ms at most, and sends whatever another worker still holds."""
         known = self._open.get(tunnel.local_index)
         if known is None:
             return None
-        row, regardless = _row(tunnel.local_index), False
+        row = _row(tunnel.local_index)
         start = self._clock()
+        taken = self._counters.reserve(row, known.generation, 1)
+        if isinstance(taken, Refusal):
+            counter = self._reserve_patiently(known, row, taken, start)
+            if counter is None:
+                return None
+        else:
+            counter = taken
+            known.busy_at = _NEVER
+        self._sent.sent(row, known.generation, 1, size_bytes, _ms(start))
+        return counter
+
+    def _reserve_patiently(self, known: _Open, row: int, refusal: Refusal, start: Seconds) -> Counter | None:
+        """Take a counter after it was refused once, at `start`."""
+        regardless = False
+        patience = COUNTER_WAIT if start - known.busy_at >= _STOPPED else Seconds(0)
         for _ in range(_COUNTER_TRIES):
-            counter = self._counters.reserve(row, known.generation, 1, regardless=regardless)
-            match counter:
-                case Refusal.BUSY if self._clock() - start < COUNTER_WAIT:
-                    continue
+            match refusal:
+                case Refusal.BUSY if self._clock() - start < patience:
+                    select.select([], [], [], _NAP)
                 case Refusal.SPAN:
                     # One message of ours in a while; whoever lags behind may lose it to the peer's window.
                     self.stats["mp.counter.span"] += 1
                     regardless = True
-                case Refusal():
-                    break
                 case _:
-                    self._sent.sent(row, known.generation, 1, size_bytes, _ms(self._clock()))
-                    return counter
-        if counter is Refusal.BUSY:
+                    break
+            counter = self._counters.reserve(row, known.generation, 1, regardless=regardless)
+            if not isinstance(counter, Refusal):
+                known.busy_at = _NEVER
+                return counter
+            refusal = counter
+        if refusal is Refusal.BUSY:
+            if patience:
+                known.busy_at = start
             self.stats["mp.counter.busy"] += 1
         return None
 
@@ -275,8 +307,7 @@ class ShmPlane:
         """As `DataPlane.allow`, but for `settle`: until then the flow's packets go to control."""
         known = self._open.get(tunnel.local_index)
         if known is not None:
-            ref, timeout_ms = known.peer.ref, math.ceil(timeout * 1000)
-            self._unsettled.append(lambda now_ms: self._flows.allow(flow, ref, timeout_ms, now_ms))
+            self._unsettled.append((flow, known.peer.ref, math.ceil(timeout * 1000)))
 
     def refuse(
         self,
@@ -286,12 +317,10 @@ class ShmPlane:
         now: Seconds,  # noqa: ARG002
     ) -> None:
         """As `DataPlane.refuse`, but for `settle`. Inbound it needs a tunnel."""
-        inbound = direction is Direction.INBOUND
         known = None if tunnel is None else self._open.get(tunnel.local_index)
-        if known is None and inbound:
+        if known is None and direction is Direction.INBOUND:
             return
-        ref = REFUSED if known is None else known.peer.ref
-        self._unsettled.append(lambda now_ms: self._flows.refuse(flow, ref, now_ms, inbound=inbound))
+        self._unsettled.append((flow, REFUSED if known is None else known.peer.ref, direction))
 
     def settle(self, now: Seconds) -> list[tuple[FlowKey, Seconds]]:
         """Publish the verdicts since the last call, once the packets that asked for them have been sent.
@@ -301,8 +330,16 @@ class ShmPlane:
         """
         unsettled, self._unsettled = self._unsettled, []
         now_ms = _ms(now)
-        displaced = [publish(now_ms) for publish in unsettled]
-        return [(each.key, Seconds(each.seen_ms / 1000)) for each in displaced if each is not None]
+        displaced = []
+        for flow, ref, verdict in unsettled:
+            if isinstance(verdict, Direction):
+                inbound = verdict is Direction.INBOUND
+                gone = self._flows.refuse(flow, ref, now_ms, inbound=inbound)
+            else:
+                gone = self._flows.allow(flow, ref, verdict, now_ms)
+            if gone is not None:
+                displaced.append((gone.key, Seconds(gone.seen_ms / 1000)))
+        return displaced
 
     def last_seen(self, flow: FlowKey) -> Seconds | None:
         """As `DataPlane.last_seen`."""
@@ -428,9 +465,6 @@ class ShmPlane:
         assert self._peer_table is not None  # `recover` was called
         return self._peer_table
 
-    def _owner(self, index: TunnelIndex) -> int:
-        return self._owners[index % self.workers]
-
     def _fields(self, session: Completed, remote: UdpAddr, ref: PeerRef, *, proven: bool) -> TunnelFields:
         certificate = session.peer.certificate
         sources = frozenset(address.packed for address in certificate.addresses)
@@ -440,7 +474,7 @@ class ShmPlane:
             remote_index=session.remote_index,
             state=TunnelState.PROVEN if proven else TunnelState.CANDIDATE,
             cipher=session.send.cipher,
-            owner=self._owner(session.local_index),
+            owner=self.owner(session.local_index),
             peer=ref,
             underlay=remote,
             sources=sources if is_simple else None,

@@ -105,8 +105,8 @@ def attach_drains(parts: ReaderParts | WriterParts, tunnels: Fd) -> tuple[Drain,
     seal = consumer(parts.seal_ring, "seal", locks.lock(seal_lock(parts.number)), Recovery.SEND_AGAIN)
     opened = consumer(parts.open_ring, "open", locks.lock(open_lock(parts.number)), Recovery.GO_ON_BEHIND)
     return (
-        KERNEL.drain_udp(seal, parts.udp, tunnels=tunnels, stats=parts.stats),
-        KERNEL.drain_tun(opened, parts.tun, stats=parts.stats),
+        KERNEL.drain_udp(seal, parts.udp, tunnels=tunnels, stats=parts.stats, offloads=parts.offloads),
+        KERNEL.drain_tun(opened, parts.tun, stats=parts.stats, offloads=parts.offloads),
     )
 
 

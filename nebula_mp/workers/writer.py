@@ -2,7 +2,7 @@
 
 Data flow: reader i -> seal ring -> [workers.writer] -> UDP socket
                     -> open ring -> [workers.writer] -> TUN queue i
-Knows when to look at the rings and when to sleep; knows no key and never looks inside a packet.
+Knows when to look at the rings and when to sleep; knows no key and nothing of packets.
 Source: docs/architecture.md, "The ring": the loop is the one that the ring's model proves.
 
 It sleeps until its bell is rung, which it empties before it looks at the rings. A ring whose lease another

@@ -335,6 +335,24 @@ CASES = [
         id="user: two words",
     ),
     pytest.param(
+        PKI + "mp: {offload: {tso: 1.5}}\n",
+        ['2:21: mp.offload.tso: found "1.5", expected true or false (or yes, no)'],
+        id="offload: not a truth value",
+    ),
+    pytest.param(
+        PKI + "mp: {offload: {udp_gro: [true], uso: off}}\n",
+        [
+            "2:25: mp.offload.udp_gro: found a list, expected true or false (or yes, no)",
+            '2:38: mp.offload.uso: found "off", expected true or false (or yes, no); did you mean false?',
+        ],
+        id="offload: two of them",
+    ),
+    pytest.param(
+        PKI + "mp: {offload: off}\n",
+        ['2:15: mp.offload: found "off", expected a map of settings'],
+        id="offload: not a map",
+    ),
+    pytest.param(
         PKI + 'mp: {user: ""}\n',
         ['2:12: mp.user: found "", expected the name of a user'],
         id="user: empty",

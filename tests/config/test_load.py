@@ -22,6 +22,7 @@ from nebula_mp.config.model import (
     FirewallRule,
     HostPort,
     LogLevel,
+    Offloads,
     PkiConfig,
     RecvErrorPolicy,
 )
@@ -93,9 +94,12 @@ def test_null_everywhere_is_the_default(directory: Path) -> None:
     keys = [key for key in READERS if not key.startswith("pki.") and "." in key]
     tree: dict[str, Any] = {"cipher": None, "static_host_map": None, "firewall": None}
     for key in keys:
-        section, _, name = key.partition(".")
-        if section != "firewall":
-            tree.setdefault(section, {})[name] = None
+        *sections, name = key.split(".")
+        if "firewall" not in sections:
+            below = tree
+            for section in sections:
+                below = below.setdefault(section, {})
+            below[name] = None
 
     loaded = load(directory, PKI + yaml.safe_dump(tree))
 
@@ -159,6 +163,13 @@ H1 = HostPort(host="192.0.2.1", port=4242)
         ("mp: {drain: reader}", "mp.drain", DrainMode.READER),
         ("mp: {user: nebula}", "mp.user", "nebula"),
         ("mp: {user: _nebula-mp.1$}", "mp.user", "_nebula-mp.1$"),
+        ("mp: {offload: {}}", "mp.offload", Offloads()),
+        ("mp: {offload: null}", "mp.offload", Offloads()),
+        ("mp: {offload: {tso: false}}", "mp.offload", Offloads(tso=False)),
+        ("mp: {offload: {uso: no}}", "mp.offload", Offloads(uso=False)),
+        ("mp: {offload: {udp_segment: false}}", "mp.offload", Offloads(udp_segment=False)),
+        ("mp: {offload: {udp_gro: false, tso: yes}}", "mp.offload", Offloads(udp_gro=False)),
+        ("mp: {offload: {multiqueue: false}}", "mp.offload", Offloads(multiqueue=False)),
         ("routines: 1", "routines", 1),
         ("routines: 64", "routines", 64),
         ("routines: 0", "routines", None),
@@ -281,6 +292,11 @@ def test_a_remark_in_a_rule_is_a_warning(directory: Path) -> None:
         ("lighthouse: {am_lighthose: true}", '2:14: lighthouse.am_lighthose: unknown key; did you mean "am_lighthouse"?'),
         ("firewall: {conntrack: {tcp: 1m}}", '2:24: firewall.conntrack.tcp: unknown key; did you mean "tcp_timeout"?'),
         ("zzz: 1", "2:1: zzz: unknown key"),
+        ("mp: {offload: {tcp: false}}", "2:16: mp.offload.tcp: unknown key"),
+        (
+            "mp: {offload: {udp_segments: false}}",
+            '2:16: mp.offload.udp_segments: unknown key; did you mean "udp_segment"?',
+        ),
         ("mp: {worker: 4}", '2:6: mp.worker: unknown key; did you mean "workers"?'),
         ("'a b\\': 1", '2:1: "a b\\\\": unknown key'),
         (f"? {'Qa' * 15}\n: 1", "2:3: <not shown, it may be a key>: unknown key"),

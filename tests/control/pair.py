@@ -8,7 +8,7 @@ from random import Random
 
 from nebula_mp.cert.identity import Identity
 from nebula_mp.config.model import Config, FirewallConfig, FirewallRule, PkiConfig
-from nebula_mp.control.actions import Action, LogEvent, SendDatagram, WriteTun
+from nebula_mp.control.actions import Action, HandOver, LogEvent, SendDatagram, WriteTun
 from nebula_mp.control.controller import Controller
 from nebula_mp.newtypes import Counter, Instant, IPAddress, Seconds, TunnelIndex, UdpAddr
 from nebula_mp.wire.header import Header, MessageType
@@ -96,6 +96,8 @@ class Wire:
                     self.queue.append(Datagram(data, node.at, to))
                 case WriteTun(packet):
                     node.delivered.append(packet)
+                case HandOver(_, datagram, source):
+                    self.inject(node, datagram, source)
                 case LogEvent():
                     node.logs.append(action)
 

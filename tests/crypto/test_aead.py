@@ -136,3 +136,91 @@ def test_a_buffer_that_something_forged_was_opened_into_holds_only_zeros(cipher:
         aead.open_into(5, b"ad", forged, memoryview(out))
 
     assert bytes(out) == bytes(size)
+
+
+@given(ciphers, counters, st.integers(0, 9100) | st.integers(0, 65_600), st.integers(0, 40))
+def test_sealing_in_place_gives_the_same_bytes_as_sealing_elsewhere(
+    cipher: Cipher, counter: int, size: int, offset: int
+) -> None:
+    aead, plaintext = Aead(cipher, KEY), (bytes(range(251)) * 262)[:size]
+    memory = memoryview(bytearray(b"\xdd" * offset + plaintext + b"\xdd" * 40))
+
+    aead.seal_into(
+        counter, b"header", memory[offset : offset + size], memory[offset : offset + size + TAG_BYTES]
+    )
+
+    expected = aead.seal(counter, b"header", plaintext)
+    assert memory == b"\xdd" * offset + expected + b"\xdd" * 24
+
+
+@pytest.mark.parametrize("cipher", Cipher)
+def test_every_size_up_to_2000_bytes_is_sealed_in_place_as_elsewhere(cipher: Cipher) -> None:
+    """Every number of blocks and every rest, as the vector code of the library treats them apart."""
+    aead, plaintext = Aead(cipher, KEY), (bytes(range(251)) * 8)[:2000]
+    for size in range(2001):
+        memory = memoryview(bytearray(plaintext[:size] + bytes(TAG_BYTES)))
+
+        aead.seal_into(size, b"", memory[:size], memory)
+
+        assert memory == aead.seal(size, b"", plaintext[:size])
+
+
+@given(ciphers, st.integers(0, 2**64 - 1 - 20), st.lists(st.binary(max_size=60), max_size=20), st.booleans())
+def test_many_are_sealed_as_each_of_them_alone_with_the_counters_that_follow(
+    cipher: Cipher,
+    first: int,
+    plaintexts: list[bytes],
+    in_place: bool,
+) -> None:
+    aead = Aead(cipher, KEY)
+    outs = [memoryview(bytearray(plaintext + bytes(TAG_BYTES))) for plaintext in plaintexts]
+    headers = [bytes([number]) for number in range(len(plaintexts))]
+
+    sources = [out[:-TAG_BYTES] for out in outs] if in_place else plaintexts
+    aead.seal_each(first, headers, sources, outs)
+
+    assert outs == [aead.seal(first + at, headers[at], each) for at, each in enumerate(plaintexts)]
+
+
+def overlapping(
+    cipher: Cipher, count: int, size: int, step: int, keep: int
+) -> tuple[list[bytes], list[bytes], bytearray, list[memoryview], list[memoryview]]:
+    """Packets from counter 7 on: plain, sealed, the memory for them, where in it each belongs, what to keep."""
+    aead = Aead(cipher, KEY)
+    plain = [bytes((number * 7 + each) % 256 for each in range(size)) for number in range(count)]
+    sealed = [aead.seal(7 + number, b"%d" % number, each) for number, each in enumerate(plain)]
+    memory = bytearray(b"\xdd" * (count * step + size))
+    view = memoryview(memory)
+    outs = [view[number * step : number * step + size] for number in range(count)]
+    return plain, sealed, memory, outs, [out[:keep] for out in outs]
+
+
+@pytest.mark.parametrize("cipher", Cipher)
+@pytest.mark.parametrize("step", [30, 40, 50])
+def test_packets_opened_over_each_other_leave_what_was_to_be_kept(cipher: Cipher, step: int) -> None:
+    plain, sealed, memory, outs, kept = overlapping(cipher, 5, 40, step, 10)
+    data = [b"%d" % number for number in range(5)]
+
+    # From the last to the first: so each overwrites the head of the one behind it.
+    found = Aead(cipher, KEY).open_each_into(
+        range(11, 6, -1), data[::-1], sealed[::-1], outs[::-1], kept[::-1]
+    )
+
+    assert found == [each[:10] for each in plain[::-1]]
+    assert bytes(outs[0]) == plain[0]
+    assert bytes(memory[5 * step :]) == (plain[4][5 * step - 4 * step :] + b"\xdd" * 40)[:40]
+
+
+@pytest.mark.parametrize("cipher", Cipher)
+@pytest.mark.parametrize("forged", range(4))
+def test_of_packets_opened_together_the_forged_one_becomes_zeros_and_none_behind_it_is_opened(
+    cipher: Cipher, forged: int
+) -> None:
+    plain, sealed, memory, outs, kept = overlapping(cipher, 4, 40, 40, 10)
+    sealed[forged] = sealed[forged][:-1] + bytes([sealed[forged][-1] ^ 1])
+
+    with pytest.raises(AuthError, match=f"packet {forged} of a batch"):
+        Aead(cipher, KEY).open_each_into(range(7, 11), [b"0", b"1", b"2", b"3"], sealed, outs, kept)
+
+    untouched = b"\xdd" * (40 * (3 - forged) + 40)
+    assert bytes(memory) == b"".join(plain[:forged]) + bytes(40) + untouched

@@ -1,4 +1,5 @@
 import operator
+from contextlib import suppress
 
 import pytest
 from hypothesis import example, given
@@ -237,3 +238,61 @@ def test_a_window_whose_process_is_killed_at_any_store_accepts_no_counter_again(
         assert is_fresh(successor, successor.current + 1)
         at += 1
     assert at > 1 or jump == -1  # which stores nothing: it was received before
+
+
+@given(walks(), st.lists(st.integers(1, 8192), min_size=60, max_size=60))
+@example((8192, [16_370, 16_370, 3]), [100] * 60)
+@example((8, [13, 16, 20]), [8] * 60)
+def test_a_range_is_accepted_as_its_counters_one_by_one_and_refused_as_a_whole(
+    walk: tuple[int, list[int]], lengths: list[int]
+) -> None:
+    width, firsts = walk
+    ranges, single = shared_window(width)[1], shared_window(width)[1]
+
+    for first, length in zip(firsts, lengths, strict=False):
+        count = min(length % (width + 1) or 1, MAX + 1 - first)
+        members = range(first, first + count)
+        expected = all(is_fresh(single, counter) for counter in members)
+        before = bytes(ranges._bits), ranges.current
+
+        for ask in (ranges.check_range, ranges.update_range):
+            if expected:
+                ask(first, count)
+            else:
+                with pytest.raises(ReplayError):
+                    ask(first, count)
+                assert (bytes(ranges._bits), ranges.current) == before
+        if expected:
+            for counter in members:
+                single.update(counter)
+
+        assert ranges.current == single.current
+        assert bytes(ranges._bits) == bytes(single._bits)
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, 16])
+@pytest.mark.parametrize("jump", [-9, 1, 5, 8, 15, 16, 17, 31, 33, 500])
+@pytest.mark.parametrize("start", [12, 23, 31, 100])
+def test_a_window_whose_process_is_killed_in_a_range_accepts_no_earlier_counter_again(
+    start: int, jump: int, count: int
+) -> None:
+    width, at, killed = 16, 0, True
+    while killed:
+        state, window = shared_window(width)
+        received = {0, 1, 2, *(each for each in range(3, start + 1) if each != start - 9)}
+        for counter in sorted(received - {0, 1, 2}):
+            window.update(counter)
+        watch(window, "_current _bits", load=nothing, store=Countdown(at))
+        try:
+            with suppress(ReplayError):
+                window.update_range(start + jump, count)
+            killed = False
+        except KilledError:
+            pass
+
+        successor = ReplayWindow.over(state, width)
+
+        assert not any(is_fresh(successor, counter) for counter in received), at
+        assert is_fresh(successor, successor.current + 1)
+        at += 1
+    assert at > 1 or jump < 0  # which stores nothing: some of it was received before

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import pytest
 
+from nebula_mp.config.model import NO_OFFLOADS, Offloads
 from nebula_mp.datapath.api import UpcallLimits
 from tests.datapath.sites import UNLIMITED, Site, connect
 
@@ -20,6 +21,7 @@ class MakeSite(Protocol):
         entries_max: int = 128,
         limits: UpcallLimits = UNLIMITED,
         upcall_areas: int = 8,
+        offloads: Offloads = NO_OFFLOADS,
     ) -> Site: ...
 
 
@@ -36,6 +38,7 @@ def make_site() -> Iterator[MakeSite]:
             entries_max: int = 128,
             limits: UpcallLimits = UNLIMITED,
             upcall_areas: int = 8,
+            offloads: Offloads = NO_OFFLOADS,
         ) -> Site:
             made = Site(
                 workers=workers,
@@ -44,6 +47,7 @@ def make_site() -> Iterator[MakeSite]:
                 entries_max=entries_max,
                 limits=limits,
                 upcall_areas=upcall_areas,
+                offloads=offloads,
             )
             closing.callback(made.close)
             return made

@@ -11,8 +11,10 @@ from dataclasses import replace
 from ipaddress import IPv4Network, ip_address
 
 from nebula_mp import shm_stats
+from nebula_mp.config.model import NO_OFFLOADS, Offloads
 from nebula_mp.crypto.aead import Aead
 from nebula_mp.datapath.api import (
+    CONTROL,
     STRANGER_AREAS,
     UPCALL_AREA_BYTES,
     UPCALL_ENTRIES,
@@ -28,7 +30,7 @@ from nebula_mp.newtypes import Cipher, Counter, Seconds, TunnelIndex, UdpAddr
 from nebula_mp.shm import Region
 from nebula_mp.shm_flows import FlowTable
 from nebula_mp.shm_peers import PeerTable
-from nebula_mp.shm_ring import Bell, Consumer, Recovery, RingMemory
+from nebula_mp.shm_ring import Bell, Consumer, Entry, Recovery, RingMemory
 from nebula_mp.shm_stats import StatsPage
 from nebula_mp.shm_table import FLOWS, PEERS, SEEN, PeerRef
 from nebula_mp.shm_tunnels import TunnelFields, TunnelState
@@ -58,14 +60,16 @@ class Site:
         area_bytes: int = 72 * 1024,
         entries_max: int = 128,
         limits: UpcallLimits = UNLIMITED,
+        offloads: Offloads = NO_OFFLOADS,
         upcall_areas: int = 8,
     ) -> None:
         self.now = Seconds(1000.0)
         self.limits = limits
+        self.offloads = offloads
         self.tables = tables.small(workers, rows=ROWS, buckets=1024)
         shape = {"areas": areas, "area_bytes": area_bytes, "entries_max": entries_max}
         small = {"area_bytes": UPCALL_AREA_BYTES, "entries_max": UPCALL_ENTRIES}
-        pairs = [(one, two) for one in range(workers) for two in range(workers) if one != two]
+        pairs = [(one, two) for one in (*range(workers), CONTROL) for two in range(workers) if one != two]
         self.seal = [RingMemory.create(f"seal/{each}", **shape) for each in range(workers)]
         self.opened = [RingMemory.create(f"open/{each}", **shape) for each in range(workers)]
         self.upcall = [
@@ -145,7 +149,7 @@ class Site:
             stranger_bells={each: bell.descriptor for each, bell in enumerate(self.bells) if each != worker},
         )
 
-    def reader(self, worker: int = 0) -> PythonReader:
+    def reader(self, worker: int = 0, *, poison: bool = True) -> PythonReader:
         """Attach, as a reader or its successor."""
         return KERNEL.reader(
             self.tun_fd,
@@ -154,7 +158,8 @@ class Site:
             overlay=OVERLAY,
             clock=self.clock,
             limits=self.limits,
-            poison=True,
+            offloads=self.offloads,
+            poison=poison,
         )
 
     def seal_ring(self, worker: int = 0) -> Consumer:
@@ -163,6 +168,17 @@ class Site:
     def open_ring(self, worker: int = 0) -> Consumer:
         return rings.consume(self.opened[worker], Recovery.GO_ON_BEHIND, rows=ROWS)
 
+    def sealed(self, worker: int = 0) -> list[tuple[Entry, list[bytes]]]:
+        """What waits in the seal ring, which is empty then: each entry and its datagrams."""
+        ring, found = self.seal_ring(worker), []
+        while ring.pending():
+            for entry, data in ring.entries():
+                assert 0 < entry.segment <= entry.length
+                steps = range(0, entry.length, entry.segment)
+                found.append((entry, [bytes(data[at : at + entry.segment]) for at in steps]))
+            ring.release()
+        return found
+
     def send(self, worker: int = 0) -> int:
         """Drain the seal ring to UDP; gives the number of areas."""
         drain = KERNEL.drain_udp(
@@ -170,13 +186,17 @@ class Site:
             self.udp[worker].fileno(),
             tunnels=self.tables.tunnels.read_only,
             stats=self.pages[self._workers + worker].descriptor,
+            offloads=self.offloads,
         )
         return drain.drain(100)
 
     def write(self, worker: int = 0) -> int:
         """Drain the open ring to the TUN device; gives the number of areas."""
         drain = KERNEL.drain_tun(
-            self.open_ring(worker), self.tun_fd, stats=self.pages[self._workers + worker].descriptor
+            self.open_ring(worker),
+            self.tun_fd,
+            stats=self.pages[self._workers + worker].descriptor,
+            offloads=self.offloads,
         )
         return drain.drain(100)
 

@@ -98,7 +98,6 @@ def test_the_python_kernel_is_one() -> None:
     bell = Bell.create()
 
     assert kernel.name == "python"
-    assert not kernel.takes_coalesced
     assert kernel.checksum(b"abc") == internet_checksum(b"abc")
     assert not kernel.bell_wait(bell, 0)
     kernel.bell_ring(bell)

@@ -113,12 +113,32 @@ def test_rows_outside_the_memory_are_refused(rows: Rows, column: int, width: int
         row_sums(rows, column, width)
 
 
-def test_a_process_that_imports_it_has_one_thread_and_may_fork() -> None:
-    source = "import nebula_mp.datapath.checksums, os; print(len(os.listdir('/proc/self/task')))"
-    clean = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+BEFORE_THE_FORK = """
+import os, sys
+import nebula_mp.cli, nebula_mp.supervisor
+from nebula_mp.workers.roles import real_mains
+real_mains()
+import nebula_mp.datapath.checksums
+print("numpy" in sys.modules, len(os.listdir("/proc/self/task")))
+"""
+LIBRARIES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS")
+
+
+@pytest.mark.parametrize("asked", [None, "4"])
+def test_all_that_is_loaded_before_a_fork_leaves_one_thread_whatever_the_environment_says(
+    asked: str | None,
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in LIBRARIES}
+    if asked is not None:
+        environment |= dict.fromkeys(LIBRARIES, asked)
 
     done = subprocess.run(
-        [sys.executable, "-c", source], capture_output=True, text=True, timeout=60, check=True, env=clean
+        [sys.executable, "-c", BEFORE_THE_FORK],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        env=environment,
     )
 
-    assert done.stdout == "1\n"
+    assert done.stdout == "True 1\n"

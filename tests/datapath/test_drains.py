@@ -9,13 +9,16 @@ from typing import Any, cast
 
 import pytest
 
+from nebula_mp.config.model import Offloads
 from nebula_mp.datapath.api import Drop
 from nebula_mp.datapath.drains import TunDrain, UdpDrain
 from nebula_mp.newtypes import UdpAddr
 from nebula_mp.shm import Mapping
 from nebula_mp.shm_ring import DATA, HEAD, STATE, TAIL, Consumer
 from tests.datapath.sites import INDEX_NEAR, KERNEL, Site, address_of, drained, loopback
+from tests.datapath.superpackets import TIMESTAMPS, Plan
 from tests.support import rings
+from tests.support.packets import TCP, UDP
 from tests.support.watched import KilledError
 
 ROW = INDEX_NEAR & 0xFFFF
@@ -23,6 +26,7 @@ CONTENTS = [bytes([number]) * (30 + number) for number in range(9)]
 
 
 def publish(site: Site, memory: Any, *areas: list[bytes], segment: int = 0) -> None:
+    segment = segment or int(memory in site.opened)  # there, a number of packets
     producer = rings.produce(memory, poison=True)
     for contents in areas:
         assert producer.try_begin()
@@ -37,11 +41,14 @@ def udp_drain(site: Site) -> UdpDrain:
         site.udp[0].fileno(),
         tunnels=site.tables.tunnels.read_only,
         stats=site.pages[1].descriptor,
+        offloads=site.offloads,
     )
 
 
 def tun_drain(site: Site) -> TunDrain:
-    return KERNEL.drain_tun(site.open_ring(), site.tun.fileno(), stats=site.pages[1].descriptor)
+    return KERNEL.drain_tun(
+        site.open_ring(), site.tun.fileno(), stats=site.pages[1].descriptor, offloads=site.offloads
+    )
 
 
 def tail(site: Site, *, seal: bool) -> int:
@@ -261,6 +268,143 @@ def test_a_packet_refused_at_any_call_is_counted_and_all_others_are_written(
     assert site.stats()["mp.tun.tx.packets"] == 72
 
 
+VIRTIO = Offloads(udp_segment=False, udp_gro=False)
+
+
+def frame(plan: Plan) -> bytes:
+    return plan.virtio() + plan.packet()
+
+
+def test_a_superpacket_is_written_whole_and_counts_as_what_its_packets_would_have_been(site: Site) -> None:
+    site.offloads = VIRTIO
+    plans = [
+        Plan(4, TCP, bytes(range(250)) * 40, 1248, options=TIMESTAMPS),
+        Plan(6, UDP, bytes(range(250)) * 20, 600),
+    ]
+    publish(site, site.opened[0], [bytes(10) + CONTENTS[3]])
+    for plan in plans:
+        publish(site, site.opened[0], [frame(plan)], segment=plan.count)
+
+    assert tun_drain(site).drain(10) == 3
+
+    assert site.received() == [bytes(10) + CONTENTS[3], *map(frame, plans)]
+    packets = [CONTENTS[3], *(packet for plan in plans for packet in plan.packets())]
+    assert site.stats()["mp.tun.tx.packets"] == len(packets) == 1 + 9 + 9
+    assert site.stats()["mp.tun.tx.bytes"] == sum(map(len, packets))
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [
+        (errno.ENOBUFS, Drop.TUN_NO_MEMORY),
+        (errno.ENOMEM, Drop.TUN_NO_MEMORY),
+        (errno.EAGAIN, Drop.TUN_FULL),
+    ],
+)
+def test_the_packets_of_a_superpacket_there_is_no_room_for_are_all_counted(
+    site: Site, monkeypatch: pytest.MonkeyPatch, number: int, reason: Drop
+) -> None:
+    site.offloads = VIRTIO
+    plan = Plan(4, TCP, bytes(10_000), 1248)
+    publish(site, site.opened[0], [frame(plan)], segment=plan.count)
+    publish(site, site.opened[0], [bytes(10) + CONTENTS[0]])
+    drain = tun_drain(site)
+    _never_ready(drain, monkeypatch)
+    watch_tun(monkeypatch, refuse(number), 0)
+
+    assert drain.drain(10) == 2
+
+    assert site.received() == [bytes(10) + CONTENTS[0]]
+    assert site.drops() == {reason: plan.count}
+    assert site.stats()["mp.tun.tx.packets"] == 1
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EINVAL])
+def test_a_superpacket_that_is_refused_is_written_packet_by_packet(
+    site: Site, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    site.offloads = VIRTIO
+    plan = Plan(4, TCP, bytes(10_000), 1248)
+    publish(site, site.opened[0], [frame(plan)], segment=plan.count)
+    watch_tun(monkeypatch, refuse(number), 0)
+
+    assert tun_drain(site).drain(10) == 1
+
+    assert site.received() == [bytes(10) + packet for packet in plan.packets()]
+    assert site.drops() == {}
+    stats = site.stats()
+    assert (stats["mp.tun.tx.packets"], stats["mp.tun.split"]) == (plan.count, 1)
+    assert stats["mp.tun.tx.bytes"] == sum(map(len, plan.packets()))
+
+
+def test_after_three_refusals_in_a_row_no_superpacket_is_tried_any_more(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.offloads = VIRTIO
+    plan = Plan(4, TCP, bytes(10_000), 1248)
+    publish(site, site.opened[0], [frame(plan)] * 5, segment=plan.count)
+    tried = _refuse_superpackets(monkeypatch, plan.count)
+
+    tun_drain(site).drain(10)
+
+    assert site.received() == [bytes(10) + packet for packet in plan.packets()] * 5
+    assert len(tried) == 3
+    assert site.stats()["mp.tun.split"] == 5
+
+
+def test_a_device_that_takes_nothing_at_all_is_still_offered_superpackets_later(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.offloads = VIRTIO
+    plan = Plan(4, TCP, bytes(10_000), 1248)
+    drain = tun_drain(site)
+    publish(site, site.opened[0], [frame(plan)] * 5, segment=plan.count)
+    with monkeypatch.context() as down:
+        calls = watch_tun(down, refuse(errno.EIO), 0, times=1000)
+        drain.drain(10)
+    assert site.drops() == {Drop.TUN_REFUSED: 5 * plan.count}
+    assert calls.count == 5 + 5 * plan.count  # each as a whole first
+    publish(site, site.opened[0], [frame(plan)], segment=plan.count)
+
+    drain.drain(10)
+
+    assert site.received() == [frame(plan)]
+    assert site.stats()["mp.tun.split"] == 0
+
+
+def _refuse_superpackets(monkeypatch: pytest.MonkeyPatch, packets: int) -> list[int]:
+    """Let every write of more than one packet fail; gives their sizes as they happen."""
+    tried: list[int] = []
+    write = os.write
+
+    def refuse_large(descriptor: int, data: bytes) -> int:
+        if len(data) > 10_000 // packets * 2:
+            tried.append(len(data))
+            raise OSError(errno.EINVAL, "injected")
+        return write(descriptor, data)
+
+    monkeypatch.setattr("nebula_mp.datapath.drains.os.write", refuse_large)
+    return tried
+
+
+def test_the_packets_of_a_superpacket_in_progress_are_all_counted_as_passed_over(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.offloads = VIRTIO
+    plan = Plan(4, TCP, bytes(10_000), 1248)
+    publish(site, site.opened[0], [frame(plan)] * 3, segment=plan.count)
+    with monkeypatch.context() as injecting:
+        watch_tun(injecting, _die, 1)
+        with pytest.raises(KilledError):
+            tun_drain(site).drain(10)
+
+    tun_drain(site).drain(10)
+
+    assert site.received() == [frame(plan)] * 2
+    assert site.stats()["mp.ring.resumed"] == plan.count
+    assert site.stats()["mp.tun.tx.packets"] == 2 * plan.count
+
+
 def test_a_partial_write_counts_as_refused(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(site, site.opened[0], CONTENTS)
     monkeypatch.setattr("nebula_mp.datapath.drains.os.write", lambda _, data: len(data) - 1)
@@ -373,7 +517,7 @@ def test_an_area_is_neither_released_nor_touched_while_a_call_on_it_has_not_retu
     def inside(data: memoryview) -> None:
         before = bytes(data)
         while producer.try_begin():  # somebody fills all there is, while the call is running
-            producer.try_add(b"\xee" * 50)
+            producer.try_add(b"\xee" * 50, 1)
             producer.publish()
         assert bytes(data) == before
         seen.append(tail(site, seal=seal))

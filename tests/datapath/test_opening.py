@@ -180,7 +180,7 @@ def test_a_reader_that_dies_between_window_and_ring_loses_the_packet_but_never_d
     deliver(site, message(3, BACK))
     reader = site.reader()
     with monkeypatch.context() as dying:
-        dying.setattr("nebula_mp.datapath.opening.parse_flow", _killed)
+        dying.setattr("nebula_mp.datapath.delivery.parse_flow", _killed)
         with pytest.raises(KeyboardInterrupt):
             reader.opener.poll(10)
     deliver(site, message(3, BACK), message(4, BACK))

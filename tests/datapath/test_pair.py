@@ -6,9 +6,22 @@ from collections import Counter as Tally
 
 import pytest
 
+from nebula_mp.config.model import Offloads
 from nebula_mp.newtypes import Cipher, Seconds
 from tests.datapath.conftest import MakeSite
-from tests.datapath.sites import FAR, FAR_V6, NEAR, NEAR_V6, Site, connect, drained
+from tests.datapath.sites import (
+    FAR,
+    FAR_V6,
+    INDEX_FAR,
+    NEAR,
+    NEAR_V6,
+    Site,
+    connect,
+    drained,
+    message,
+    packet,
+)
+from tests.support import rings
 from tests.support.packets import raw_packets
 from tests.support.processes import vm_flags
 
@@ -95,6 +108,29 @@ def test_whatever_happens_on_the_way_every_packet_is_accounted_for_and_none_come
     assert {"drop.auth", "drop.replay", "drop.tun.inner_ip"} < (near.drops() | far.drops()).keys()
     near.check_ledger()
     far.check_ledger()
+
+
+def test_a_train_of_messages_is_opened_as_the_messages_it_is(make_site: MakeSite) -> None:
+    near, far = pair(make_site)
+    far.offloads = Offloads(tso=False, uso=False)
+    packets = [packet(number, 1000, back=True) for number in range(60)]
+    near.allow(*packets, inbound=True)
+    trains = [[message(3 + number, packets[number]) for number in range(at, at + 30)] for at in (0, 30)]
+    producer = rings.produce(far.seal[0])
+    for train in trains:
+        assert producer.try_begin()
+        assert producer.try_add(b"".join(train), len(train[0]), INDEX_FAR & 0xFFFF)
+        producer.publish()
+
+    assert far.send() == 2
+    opener = near.reader().opener
+    while opener.poll(100):
+        near.write()
+
+    assert near.received() == packets
+    assert far.stats()["mp.udp.tx.packets"] == near.stats()["mp.udp.rx.packets"] == 60
+    assert near.drops() == far.drops() == {}
+    near.check_ledger()
 
 
 def meddle(far: Site, dice: random.Random) -> None:

@@ -90,7 +90,7 @@ def test_a_run_longer_than_an_area_is_cut_where_the_area_ends(make_site: MakeSit
 def test_a_run_of_more_packets_than_an_area_has_entries_is_cut(make_site: MakeSite) -> None:
     site = make_site(entries_max=4)
     connect(site)
-    packets = [packet(number) for number in range(10)]
+    packets = [packet(number, 40 + number) for number in range(10)]  # an entry each
     site.allow(*packets)
     give(site, *packets)
 
@@ -98,6 +98,33 @@ def test_a_run_of_more_packets_than_an_area_has_entries_is_cut(make_site: MakeSi
     assert site.send() == 3
 
     assert [Header.parse(each).counter for each in drained([site.far])] == list(range(3, 13))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "entries"),
+    [
+        pytest.param([500, 500, 500], [[500, 500, 500]], id="equal"),
+        pytest.param([500, 500, 499, 499], [[500, 500, 499], [499]], id="a shorter one ends an entry"),
+        pytest.param([500, 501, 501, 40], [[500], [501, 501, 40]], id="a longer one begins the next"),
+        pytest.param([40, 500], [[40], [500]], id="a lone one"),
+    ],
+)
+def test_packets_of_equal_size_and_a_shorter_one_behind_them_become_one_entry(
+    site: Site, sizes: list[int], entries: list[list[int]]
+) -> None:
+    packets = [packet(number, size) for number, size in enumerate(sizes)]
+    site.allow(*packets)
+    give(site, *packets)
+
+    site.reader().sealer.poll(10)
+
+    found = site.sealed()
+    assert [[len(each) - 28 - 32 for each in datagrams] for _, datagrams in found] == entries
+    assert [entry.segment for entry, _ in found] == [sizes[0] + 60 for sizes in entries]
+    wire = [each for _, datagrams in found for each in datagrams]
+    assert [Aead(Cipher.AES, KEY_OUT).open(3 + at, each[:16], each[16:]) for at, each in enumerate(wire)] == (
+        packets
+    )
 
 
 def test_packets_of_two_peers_are_sealed_each_for_its_own(site: Site) -> None:
@@ -113,9 +140,8 @@ def test_packets_of_two_peers_are_sealed_each_for_its_own(site: Site) -> None:
 
     site.reader().sealer.poll(10)
 
-    ring = site.seal_ring()
-    assert ring.pending() == 1
-    found = [(entry.row, bytes(data)) for entry, data in ring.entries()]
+    assert site.seal_ring().pending() == 1
+    found = [(entry.row, each) for entry, datagrams in site.sealed() for each in datagrams]
     assert [(row, Header.parse(data).remote_index, Header.parse(data).counter) for row, data in found] == [
         (3, INDEX_FAR, 3),
         (3, INDEX_FAR, 4),
@@ -306,11 +332,7 @@ def test_a_new_tunnel_of_the_peer_takes_over_with_one_store(site: Site) -> None:
     give(site, *packets[2:])
     sealer.poll(10)
 
-    ring = site.seal_ring()
-    headers = []
-    while ring.pending():
-        headers += [Header.parse(data) for _, data in ring.entries()]
-        ring.release()
+    headers = [Header.parse(each) for _, datagrams in site.sealed() for each in datagrams]
     assert [(each.remote_index, each.counter) for each in headers] == [
         (INDEX_FAR, 3),
         (INDEX_FAR, 4),
@@ -580,11 +602,7 @@ def test_a_reader_attached_to_a_tunnel_that_was_replaced_seals_only_with_the_new
     give(site, each)
     sealer.poll(10)
 
-    ring = site.seal_ring()
-    datagrams = []
-    while ring.pending():
-        datagrams += [bytes(data) for _, data in ring.entries()]
-        ring.release()
+    datagrams = [each for _, found in site.sealed() for each in found]
     assert Aead(Cipher.AES, KEY_OUT).open(3, datagrams[0][:16], datagrams[0][16:]) == each
     assert Aead(Cipher.AES, bytes(32)).open(3, datagrams[1][:16], datagrams[1][16:]) == each
 

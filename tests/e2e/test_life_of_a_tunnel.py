@@ -44,8 +44,8 @@ def _ends(pair: Pair, source: Node) -> tuple[Endpoint, Endpoint]:
     )
 
 
-def _train(pair: Pair, source: Node) -> PingTrain:
-    return PingTrain(*_ends(pair, source))
+def _train(pair: Pair, source: Node, interval_s: float = 0.05) -> PingTrain:
+    return PingTrain(*_ends(pair, source), interval_s=interval_s)
 
 
 def _of_type(datagrams: list[Datagram], kind: MessageType) -> list[Header]:
@@ -248,14 +248,16 @@ def test_renewed_groups_take_effect_at_the_peer_without_losing_the_tunnel(
     with pytest.raises(AssertionError, match="did not arrive"):
         check_udp_echo(*ends, sizes=[64])
 
-    with _train(pair, pair.a) as outward, _train(pair, pair.b) as inward:
+    # 1.6.1 forgets the old tunnel when it answers: what we send on it until we have read that is lost. With the
+    # others pings are so close that some come on the new tunnel before we have read the answer.
+    forgets = peer == "1.6.1"
+    pace_s = 0.05 if forgets else 0.004
+    with _train(pair, pair.a) as outward, _train(pair, pair.b, pace_s) as inward:
         pair.certify(pair.a.host, (1,), groups=["renewed"], fresh_key=fresh_key)
         pair.a.send_signal(signal.SIGHUP)
         _wait_for_udp(ends)
 
-    # A released peer sends on the new tunnel from its answer on, which we may not have read by then: what
-    # comes in those milliseconds is early. 1.6.1 forgets the old tunnel at that moment as well.
-    _assert_lossless(outward, inward, allowed=0 if pair.b.is_ours else 1)
+    _assert_lossless(outward, inward, allowed=int(forgets))
 
 
 def _wait_for_udp(ends: tuple[Endpoint, Endpoint]) -> None:

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from nebula_mp.cert.identity import Identity
 from nebula_mp.config.model import Config, FirewallConfig, FirewallRule, LogLevel, PkiConfig
-from nebula_mp.control.actions import Action, LogEvent, SendDatagram, WriteTun
+from nebula_mp.control.actions import Action, HandOver, LogEvent, SendDatagram, WriteTun
 from nebula_mp.control.controller import Controller, HostStatus
 from nebula_mp.control.core import TimerKey, TimerKind
 from nebula_mp.control.hostmap import CANDIDATES, CANDIDATES_PER_HOST, TUNNELS_PER_ADDRESS
@@ -47,6 +47,18 @@ def identity(number: int) -> Identity:
         identity(number - 1)  # keys come from one seeded sequence, whoever asks first
     return _pki().identity(
         f"host-{number}", f"10.42.0.{number}/16", versions=_VERSIONS[number % len(_VERSIONS)]
+    )
+
+
+@cache
+def renewed(number: int) -> Identity:
+    """Give host `number` other certificates for the same key."""
+    return _pki().identity(
+        f"host-{number}",
+        f"10.42.0.{number}/16",
+        versions=_VERSIONS[number % len(_VERSIONS)],
+        groups=("renewed",),
+        key_of=identity(number),
     )
 
 
@@ -172,6 +184,13 @@ class World:
         assert _running(host).hosts() == []
         self.crash(host)
 
+    def renew(self, host: Host) -> None:
+        """Give the program on `host` new certificates, as a reload does."""
+        new = renewed(host.number)
+        self._perform(
+            host, _running(host).handle_reload(self._config, new, _pki().pool(), self.instant(host))
+        )
+
     def move(self, host: Host, at: UdpAddr, *, noticed: bool) -> None:
         """Give `host` another underlay address; `noticed`: its own, not only that of a NAT before it."""
         self._unplug(host)
@@ -220,6 +239,8 @@ class World:
                         self.network.send(host.name, host.at, to, data)
                 case WriteTun(packet):
                     self._arrive(host, packet)
+                case HandOver(_, datagram, source):
+                    self._receive(host, datagram, source)
                 case LogEvent(level, message, fields):
                     if level not in (LogLevel.TRACE, LogLevel.DEBUG):
                         index = f" {fields['localIndex']:08x}" if "localIndex" in fields else ""
@@ -252,13 +273,18 @@ class World:
 
     # ---- inner packets ----
 
-    def send(self, source: Host, to: Host, size: int = 0) -> Letter:
-        """Let the machine behind `source` send a UDP packet, like no other, with `size` bytes of filling."""
+    def write(self, source: Host, to: Host, size: int = 0) -> Letter:
+        """Make a UDP packet, like no other, with `size` bytes of filling; it is not sent."""
         payload = len(self.letters).to_bytes(8, "big") + bytes(size)
         datagram = packets.udp(source.address, to.address, 5000, 5000, payload)
         letter = Letter(packets.ipv4(source.address, to.address, packets.UDP, datagram), source, to, self.now)
         self.letters.append(letter)
         self._by_packet[letter.packet] = letter
+        return letter
+
+    def send(self, source: Host, to: Host, size: int = 0) -> Letter:
+        """Let the machine behind `source` send a packet of `write`."""
+        letter = self.write(source, to, size)
         if source.controller is not None:
             self._perform(source, source.controller.handle_tun_packet(letter.packet, self.instant(source)))
         return letter

@@ -23,6 +23,7 @@ _TUNSETIFF = 0x400454CA
 _TUNSETOFFLOAD = 0x400454D0
 _IFF_TUN = 0x0001
 _IFF_NO_PI = 0x1000
+_RTF_LOCAL = 0x8000_0000
 _IFF_VNET_HDR = 0x4000
 _CSUM, _TSO4, _TSO6, _ECN, _USO = 0x01, 0x02, 0x04, 0x08, 0x60
 EVERYTHING = _CSUM | _TSO4 | _TSO6 | _ECN | _USO
@@ -35,6 +36,10 @@ class OffloadTun:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+
+    def fileno(self) -> int:
+        """For `select`, and for a drain that writes here; borrowed."""
+        return self._descriptor
 
     def send(self, frame: bytes) -> None:
         """Give the kernel one frame: virtio header and packet. Raises OSError."""
@@ -76,9 +81,27 @@ def offload_tun(name: str, addresses: list[str], mtu: int, offloads: int) -> Ite
         fcntl.ioctl(descriptor, _TUNSETOFFLOAD, offloads)
         TunDevice(descriptor, name).set_mtu(mtu)
         netlink.configure(name, [ip_interface(each) for each in addresses], mtu)
+        _await_addresses(addresses)
         yield OffloadTun(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _await_addresses(addresses: list[str]) -> None:
+    """Wait until IPv6 addresses are in use: the kernel makes their local routes some time after it took them."""
+    local = {ip_interface(each).ip for each in addresses if ":" in each}
+    wanted = {address.packed.hex() for address in local}
+    end = time.monotonic() + PATIENCE_S
+    while not wanted <= set(_local_routes()):
+        assert time.monotonic() < end, f"{local}: no route after {PATIENCE_S} s"
+        time.sleep(0.01)
+
+
+def _local_routes() -> Iterator[str]:
+    for line in Path("/proc/thread-self/net/ipv6_route").read_text().splitlines():
+        destination, bits, *_, flags, device = line.split()
+        if bits == "80" and int(flags, 16) & _RTF_LOCAL and device != "lo":
+            yield destination
 
 
 @contextmanager

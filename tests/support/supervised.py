@@ -32,6 +32,7 @@ from nebula_mp.config.model import (
     LoggingConfig,
     LogLevel,
     MpConfig,
+    Offloads,
     PkiConfig,
     TunConfig,
 )
@@ -313,7 +314,9 @@ class Supervised:
             (self.home / name).chmod(0o600)
 
     def configure(self, **notes: object) -> None:
-        """What the next load of the configuration finds: `workers`, `mtu`, `dev`, `port`, `so_mark`, `level`, `bad`."""
+        """What the next load of the configuration finds: `workers`, `mtu`, `dev`, `port`, `so_mark`,
+        `level`, `offload`, `bad`.
+        """
         self.notes_path.write_text(json.dumps(notes))
 
     def load(self) -> LoadedConfig:
@@ -334,6 +337,7 @@ class Supervised:
                 workers=notes.get("workers", 1),
                 drain=DrainMode.READER,
                 user="nobody",
+                offload=Offloads(**notes.get("offload", {})),
             ),
         )
         return LoadedConfig(config, ("a warning of the configuration",), (self.home / "config.yml",))

@@ -15,13 +15,14 @@ from contextlib import ExitStack
 from dataclasses import replace
 from ipaddress import ip_address
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from nebula_mp import clock
 from nebula_mp.cert.codec import encode_pem
 from nebula_mp.cert.identity import Identity
 from nebula_mp.cert.keys import encode_private_key
 from nebula_mp.config.model import (
+    NO_OFFLOADS,
     Config,
     FirewallConfig,
     FirewallRule,
@@ -30,20 +31,21 @@ from nebula_mp.config.model import (
     ListenConfig,
     LoggingConfig,
     LogLevel,
+    Offloads,
     PkiConfig,
     TimersConfig,
 )
-from nebula_mp.control.actions import Action, SendDatagram, WriteTun
+from nebula_mp.control.actions import Action, HandOver, SendDatagram, WriteTun
 from nebula_mp.control.controller import Controller
-from nebula_mp.datapath.api import Arrival, UpcallLimits, UpcallReason
+from nebula_mp.datapath.api import CONTROL, Arrival, UpcallLimits, UpcallReason, parse_record
 from nebula_mp.datapath.filling import Drops, Upcalls
-from nebula_mp.datapath.sealing import Ciphers, seal_message
+from nebula_mp.datapath.sealing import Ciphers
 from nebula_mp.newtypes import Instant, IPAddress, Seconds, TunnelIndex, UdpAddr
 from nebula_mp.shm import LockFile, Mapping
 from nebula_mp.shm_counters import SendCounters, Traffic
 from nebula_mp.shm_flows import FlowView
 from nebula_mp.shm_peers import PeerView
-from nebula_mp.shm_ring import DATA, STATE, TAIL, Bell, Producer
+from nebula_mp.shm_ring import DATA, STATE, TAIL, Bell, Consumer, Producer
 from nebula_mp.shm_stats import StatsPage
 from nebula_mp.shm_table import FLOWS, KEYS, PEERS, SEEN, SEND, SPAN, TRAFFIC, TUNNELS, PeerRef
 from nebula_mp.shm_tunnels import TunnelRow, TunnelState, TunnelView
@@ -54,7 +56,6 @@ from nebula_mp.wire.header import (
     MESSAGE_IP,
     TEST_REPLY,
     TEST_REQUEST,
-    VERSION,
     Header,
     MessageType,
 )
@@ -81,6 +82,7 @@ NO_RETRIES = HandshakesConfig(try_interval=Seconds(3600))
 OUR_IDENTITY = Pki.shared().identity("us", f"{US}/24")
 THEIR_IDENTITY = Pki.shared().identity("them", f"{THEM}/24")
 
+T = TypeVar("T")
 Story = Callable[[], Awaitable[None]]
 Row = TunnelRow[Ciphers]
 
@@ -155,9 +157,9 @@ async def until(condition: Callable[[], object], limit_s: float = LIMIT_S) -> No
             await asyncio.sleep(0.002)
 
 
-async def collect(wanted: bytes, source: Callable[[], Iterable[bytes]]) -> list[bytes]:
+async def collect(wanted: T, source: Callable[[], Iterable[T]]) -> list[T]:
     """Take from `source` until what is wanted has come; everything that came."""
-    found: list[bytes] = []
+    found: list[T] = []
 
     def came() -> bool:
         found.extend(source())
@@ -178,6 +180,7 @@ class Peer:
         self.controller = Controller(
             config(), identity, Pki.shared().pool(), clock.entropy, plane=self.plane, now=self._now
         )
+        self.answers = True  # or only listens
         self.received: list[bytes] = []  # every datagram, as it came
         self.delivered: list[bytes] = []  # to its local stack
 
@@ -200,7 +203,8 @@ class Peer:
     def _on_udp(self) -> None:
         datagram, source = self.socket.recvfrom(10_000)
         self.received.append(datagram)
-        self._perform(self.plane.receive(self.controller, datagram, from_sockaddr(source), self._look()))
+        if self.answers:
+            self._perform(self.plane.receive(self.controller, datagram, from_sockaddr(source), self._look()))
 
     def _perform(self, actions: Sequence[Action]) -> None:
         for action in actions:
@@ -209,6 +213,8 @@ class Peer:
                     self.socket.sendto(data, (str(to.ip), to.port))
                 case WriteTun(packet):
                     self.delivered.append(packet)
+                case HandOver(_, datagram, source):
+                    self._perform(self.plane.receive(self.controller, datagram, source, self._now))
 
     def send(self, packet: bytes) -> None:
         """Let its local stack send a packet."""
@@ -260,10 +266,16 @@ class Hand:
         self.attach()
 
     def attach(self) -> None:
-        """Become the producer of the ring of upcalls, as each successor does."""
+        """Become the producer of the ring of upcalls, and the consumer of control's, as each successor does."""
         ring = self.memory.upcall_ring
         self.producer = Producer(
             Mapping(ring.data, DATA, writable=True), Mapping(ring.state, STATE, writable=False)
+        )
+        ring = self.memory.strangers_in[CONTROL]
+        self._handed = Consumer(
+            Mapping(ring.data, DATA, writable=False),
+            Mapping(ring.state, STATE, writable=True),
+            segments=False,
         )
         self.upcalls = Upcalls(self.producer, self._bell, self.page, Drops(self.page), UpcallLimits())
 
@@ -303,11 +315,9 @@ class Hand:
         row = self.row(index)
         counter = self.counters().reserve(index & 0xFFFF, row.generation, 1)
         assert isinstance(counter, int)
-        out = bytearray(len(packet) + 32)
-        first = (VERSION << 4 | MessageType.MESSAGE, MESSAGE_IP)
-        seal_message(row.ciphers.send, first, row.remote_index, counter, packet, out=memoryview(out))
+        header = Header(MessageType.MESSAGE, MESSAGE_IP, TunnelIndex(row.remote_index), counter).encode()
         assert row.underlay is not None
-        assert self.udp.send(bytes(out), row.underlay) is None
+        assert self.udp.send(header + row.ciphers.send.seal(counter, header, packet), row.underlay) is None
 
     # ---- inbound ----
 
@@ -334,7 +344,7 @@ class Hand:
     def take(self) -> list[bytes]:
         """Open all that came; what the flow table does not know goes up. Gives the packets that it knows."""
         known = []
-        for datagram, source in self.udp.receive(64):
+        for datagram, source in (*self.handed(), *self.udp.receive(64)):
             if self.tunnels.get(Header.parse(datagram).remote_index) is None:
                 self.raw(UpcallReason.UNKNOWN_INDEX, datagram, source)
                 continue
@@ -356,6 +366,17 @@ class Hand:
         self.upcalls.flush()
         return known
 
+    def handed(self) -> list[tuple[bytes, UdpAddr]]:
+        """What control handed over since the last call, and where it came from."""
+        found = []
+        while self._handed.pending():
+            for _, data in self._handed.entries():
+                _, _, source, _, _, datagram = parse_record(bytes(data))
+                assert source is not None
+                found.append((datagram, source))
+            self._handed.release()
+        return found
+
     def hand_up(
         self,
         reason: UpcallReason,
@@ -368,9 +389,10 @@ class Hand:
         self.upcalls.opened(reason, Arrival(source, kind, 0, now_ms()), index, text)
         self.upcalls.flush()
 
-    def raw(self, reason: UpcallReason, datagram: bytes, source: UdpAddr) -> None:
-        """Hand up a datagram as it came."""
-        self.upcalls.raw(reason, Arrival(source, 0, 0, now_ms()), datagram)
+    def raw(self, reason: UpcallReason, datagram: bytes, source: UdpAddr, *more: bytes) -> None:
+        """Hand up datagrams as they came."""
+        for each in (datagram, *more):
+            self.upcalls.raw(reason, Arrival(source, 0, 0, now_ms()), each)
         self.upcalls.flush()
 
     def moved(self, index: TunnelIndex, source: UdpAddr) -> None:
@@ -389,8 +411,12 @@ class _Host:
 
     device = "nebula1"
     cpus = (0, 1)
+    offloads = NO_OFFLOADS
 
-    def __init__(self, steering: SteeringGroup, tuns: tuple[int, ...], listener: socket.socket) -> None:
+    def __init__(
+        self, steering: SteeringGroup, tuns: tuple[int, ...], listener: socket.socket, offloads: Offloads
+    ) -> None:
+        self.offloads = offloads
         self.steering = steering
         self.tuns = tuns
         self.listener = listener
@@ -399,14 +425,21 @@ class _Host:
 class Rig:
     """What a gateway of two workers shares; `play` a story with a control process in the loop."""
 
-    def __init__(self, undo: ExitStack, *, host: str = "127.0.0.1", **settings: Any) -> None:
+    def __init__(
+        self,
+        undo: ExitStack,
+        *,
+        host: str = "127.0.0.1",
+        offloads: Offloads = NO_OFFLOADS,
+        **settings: Any,
+    ) -> None:
         """`settings` are changes of `config`; the static host map knows the peer if they do not say it."""
         self._undo = undo
         self.peer = Peer(host=host)
         undo.callback(self.peer.socket.close)
         self.memory = Memory(WORKERS)
         undo.callback(self.memory.close)
-        self.steering, _ = SteeringGroup.open(ListenConfig(host=host), WORKERS, coalesce=False)
+        self.steering, _ = SteeringGroup.open(ListenConfig(host=host), WORKERS, coalesce=offloads.udp_gro)
         undo.callback(self.steering.close)
         assert self.steering.is_steered
         self.at = self.steering.control.local
@@ -414,7 +447,7 @@ class Rig:
         self.config = config(**{"static_host_map": MappingProxyType({THEM: known}), **settings})
         self.queues, self.stacks = self.new_queues()
         fds = tuple(queue.fileno() for queue in self.queues)
-        self._host = cast("Host", _Host(self.steering, fds, self.stacks[0]))
+        self._host = cast("Host", _Host(self.steering, fds, self.stacks[0], offloads))
         self.key = key_memory(encode_private_key(OUR_IDENTITY.private_key))
         undo.callback(os.close, self.key)
         self.checked = checked(self.key, self.config)

@@ -5,9 +5,11 @@ import contextlib
 import gc
 import os
 import socket
+import struct
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,8 +20,17 @@ import nebula_mp
 from nebula_mp import clock
 from nebula_mp.cert.identity import Identity
 from nebula_mp.cert.keys import encode_private_key
-from nebula_mp.config.model import FirewallConfig, FirewallRule, HandshakesConfig, HostPort, TimersConfig
+from nebula_mp.config.model import (
+    FirewallConfig,
+    FirewallRule,
+    HandshakesConfig,
+    HostPort,
+    Offloads,
+    TimersConfig,
+)
+from nebula_mp.control.actions import SendDatagram
 from nebula_mp.datapath.api import UpcallReason, encode_plain_record
+from nebula_mp.datapath.virtio import HEADER_BYTES
 from nebula_mp.errors import SystemCallError
 from nebula_mp.ioctl_tun import TunDevice, WriteFault
 from nebula_mp.newtypes import CertVersion, Counter, Curve, Instant, Seconds, TunnelIndex, UdpAddr
@@ -28,8 +39,8 @@ from nebula_mp.shm_flows import REFUSED
 from nebula_mp.shm_ring import Bell
 from nebula_mp.shm_stats import SLOTS, StatsPage
 from nebula_mp.shm_tunnels import TunnelState
-from nebula_mp.udp_socket import SendFault, UdpSocket
-from nebula_mp.wire.header import TEST_REPLY, TEST_REQUEST, Header, MessageType
+from nebula_mp.udp_socket import UDP_SEGMENT, SendFault, UdpSocket
+from nebula_mp.wire.header import HANDSHAKE_IX, MESSAGE_IP, TEST_REPLY, TEST_REQUEST, Header, MessageType
 from nebula_mp.wire.ip import parse_flow
 from nebula_mp.workers import control
 from nebula_mp.workers.channel import Channel
@@ -46,6 +57,7 @@ from tests.workers.control_rig import (
     THEM,
     US,
     WORKERS,
+    Hand,
     Rig,
     address_of,
     checked,
@@ -358,6 +370,51 @@ def test_where_the_kernel_does_not_steer_handshakes_come_through_the_reader(rig:
     rig.play(story)
 
 
+def test_datagrams_that_the_kernel_has_joined_are_taken_one_by_one(make_rig: MakeRig) -> None:
+    rig = make_rig(offloads=Offloads(tso=False, uso=False))
+    junk = Header(MessageType.HANDSHAKE, HANDSHAKE_IX, TunnelIndex(0), Counter(1)).encode() + bytes(84)
+    together = (socket.IPPROTO_UDP, UDP_SEGMENT, struct.pack("=H", len(junk)))
+
+    async def story() -> None:
+        rig.peer.socket.sendmsg([junk * 3], [together], 0, (str(rig.at.ip), rig.at.port))
+        async with asyncio.timeout(LIMIT_S):
+            while await rig.stat("mp.udp.rx.packets") < 3:
+                pass
+        assert await rig.stat("mp.udp.rx.packets") == 3
+        assert await rig.stat("mp.udp.rx.bytes") == 300
+
+    rig.play(story)
+
+
+def test_a_packet_is_written_with_a_header_where_the_device_has_one(make_rig: MakeRig) -> None:
+    rig = make_rig(offloads=Offloads(udp_gro=False))
+
+    async def story() -> None:
+        row = await rig.connect()
+        for port in (5000, 5001):
+            packet, stack = inbound(port=port), rig.stacks[row.owner]
+            rig.peer.send(packet)
+            frame = bytes(HEADER_BYTES) + packet
+            got = await collect(frame, partial(taken_and_written, rig, stack))
+            assert got == [frame]
+            await make_device_anew(rig)
+
+    rig.play(story)
+
+
+async def make_device_anew(rig: Rig) -> None:
+    """As the supervisor does when it was lost."""
+    old = rig.control._tuns
+    queues, rig.stacks = rig.new_queues()
+    rig.tell("tuns", {}, *(queue.fileno() for queue in queues))
+    await until(lambda: rig.control._tuns is not old)
+
+
+def taken_and_written(rig: Rig, stack: socket.socket) -> list[bytes]:
+    """What readers and control gave the local stack."""
+    return rig.take() + rig.stack(stack)
+
+
 def test_a_peer_that_seems_to_have_moved_is_asked_there(rig: Rig) -> None:
     async def story() -> None:
         row = await rig.connect()
@@ -418,6 +475,134 @@ def test_counters_of_control_and_of_readers_never_collide(rig: Rig) -> None:
     assert len(set(theirs)) == len(theirs)
     assert set(ours).isdisjoint(theirs)
     assert min(theirs) < max(ours)
+
+
+# ---- what comes before its tunnel is known ----
+
+
+class Hasty:
+    """The peer, which sends on a new tunnel before we have read its answer, as a released one does."""
+
+    def __init__(self, rig: Rig) -> None:
+        self._rig = rig
+        self.index = TunnelIndex(0)
+        """The local index of the handshake that it was asked in."""
+        self._stage2 = b""
+
+    async def hear(self) -> None:
+        """Be asked, and keep the answer back."""
+        rig = self._rig
+        rig.peer.answers = False
+        rig.hands[0].ask(outbound(b"first", port=1))
+        await until(lambda: rig.peer.handshakes)
+        stage1 = next(data for data in rig.peer.received if Header.parse(data).type is HANDSHAKE)
+        answer = rig.peer.controller.handle_datagram(stage1, rig.at, clock.now())
+        self._stage2 = next(action.data for action in answer if isinstance(action, SendDatagram))
+        self.index = Header.parse(self._stage2).remote_index
+        rig.peer.answers = True
+
+    def seal(self, packet: bytes) -> bytes:
+        """A datagram on the tunnel that it has already."""
+        (tunnel,) = self._rig.peer.controller._core.hostmap.by_remote_index(self.index)
+        return self._rig.peer.plane.seal(tunnel, MESSAGE, MESSAGE_IP, packet)
+
+    async def answer(self) -> Hand:
+        """Say at last what it was asked for; gives the reader that owns the tunnel."""
+        self._rig.peer.socket.sendto(self._stage2, (str(self._rig.at.ip), self._rig.at.port))
+        await until(lambda: self._rig.hands[0].tunnels.get(self.index))
+        return self._rig.hands[self._rig.hands[0].row(self.index).owner]
+
+
+@pytest.mark.parametrize("reader", range(WORKERS))
+def test_what_came_before_the_answer_is_opened_by_the_owner_in_order(rig: Rig, reader: int) -> None:
+    """It comes up from whichever reader got it."""
+
+    async def story() -> None:
+        hasty = Hasty(rig)
+        await hasty.hear()
+        early = [hasty.seal(inbound(b"%d" % number, port=7)) for number in range(70)]
+        rig.hands[reader].raw(UpcallReason.UNKNOWN_INDEX, early[0], rig.peer.at, *early[1:])
+        kept = rig.control._controller._handshakes._early
+        await until(lambda: len(kept) == 70)
+        assert not any(hand.handed() for hand in rig.hands)
+
+        owner = await hasty.answer()
+        await until(lambda: rig.memory._reader_bells[owner.number].wait(0))
+        found = owner.handed()
+
+        assert found == [(datagram, rig.peer.at) for datagram in early]
+        assert [owner.open(datagram)[2] for datagram, _ in found] == [
+            inbound(b"%d" % number, port=7) for number in range(70)
+        ]
+        assert [hand.handed() for hand in rig.hands] == [[], []]
+        assert await rig.stat("mp.strangers") == 70
+        assert await rig.stat("drop.early") == 0
+
+    rig.play(story)
+
+
+def test_what_comes_up_or_to_controls_own_socket_after_the_answer_goes_to_the_owner_too(rig: Rig) -> None:
+    async def story() -> None:
+        hasty = Hasty(rig)
+        await hasty.hear()
+        one, two = (hasty.seal(inbound(note, port=7)) for note in (b"one", b"two"))
+        owner = await hasty.answer()
+
+        rig.hands[1 - owner.number].raw(UpcallReason.UNKNOWN_INDEX, one, rig.peer.at)
+        found = await collect((one, rig.peer.at), owner.handed)
+        rig.control._perform(rig.control._controller.handle_datagram(two, rig.peer.at, clock.now()))
+        rig.control._settle()
+
+        assert found == [(one, rig.peer.at)]
+        assert owner.handed() == [(two, rig.peer.at)]
+
+    rig.play(story)
+
+
+def test_what_came_early_goes_to_whoever_owns_the_tunnel_by_then(rig: Rig) -> None:
+    async def story() -> None:
+        hasty = Hasty(rig)
+        await hasty.hear()
+        early = hasty.seal(inbound(b"early", port=7))
+        rig.hands[0].raw(UpcallReason.UNKNOWN_INDEX, early, rig.peer.at)
+        await until(lambda: len(rig.control._controller._handshakes._early))
+        heir = 1 - rig.control._plane.owner(hasty.index)
+        rig.tell("owners", {"owners": [heir] * WORKERS})
+        await until(lambda: rig.control._plane.owner(hasty.index) == heir)
+
+        owner = await hasty.answer()
+
+        assert owner.number == heir
+        assert await collect((early, rig.peer.at), owner.handed) == [(early, rig.peer.at)]
+
+    rig.play(story)
+
+
+def test_a_ring_to_a_reader_that_contradicts_itself_is_reported_and_attached_to_when_it_is_empty(
+    rig: Rig,
+) -> None:
+    async def story() -> None:
+        hasty = Hasty(rig)
+        await hasty.hear()
+        one, two, three = (hasty.seal(inbound(note, port=7)) for note in (b"one", b"two", b"three"))
+        owner = await hasty.answer()
+        worker = owner.number
+        patch(rig.memory._handover[worker], "tail", 99)
+
+        owner.raw(UpcallReason.UNKNOWN_INDEX, one, rig.peer.at)
+        assert await rig.wait_for("bad_ring") == {"worker": worker}
+        rig.memory.empty_rings(worker)
+        owner.attach()
+        rig.hands[1 - worker].raw(UpcallReason.UNKNOWN_INDEX, two, rig.peer.at)
+        await until(lambda: rig.control._page.snapshot()["mp.ring.full.stranger"] == 2)
+        rig.tell("upcalls", {"worker": worker})
+        owner.raw(UpcallReason.UNKNOWN_INDEX, three, rig.peer.at)
+
+        assert await collect((three, rig.peer.at), owner.handed) == [(three, rig.peer.at)]
+        (record,) = rig.records("ring contradiction")
+        assert (record["ring"], record["field"]) == (f"stranger/control/{worker}", "tail")
+
+    rig.play(story)
 
 
 # ---- a ring that contradicts itself ----
@@ -797,7 +982,8 @@ def test_status_tells_who_we_are_whom_we_talk_to_and_what_all_processes_counted(
     (status,) = answers
     (host,) = status["hosts"]
     assert {
-        name: status[name] for name in ("version", "device", "listen", "kernel", "mtu_bytes", "sources")
+        name: status[name]
+        for name in ("version", "device", "listen", "kernel", "mtu_bytes", "sources", "offloads")
     } == {
         "version": nebula_mp.__version__,
         "device": "nebula1",
@@ -805,6 +991,13 @@ def test_status_tells_who_we_are_whom_we_talk_to_and_what_all_processes_counted(
         "kernel": "python",
         "mtu_bytes": 1300,
         "sources": ["/etc/nebula/config.yml"],
+        "offloads": {
+            "tso": False,
+            "uso": False,
+            "udp_segment": False,
+            "udp_gro": False,
+            "multiqueue": False,
+        },
     }
     assert status["networks"] == [f"{US}/24"]
     assert {**status["certificate"], "expires_in_s": 0} == {

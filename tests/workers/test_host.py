@@ -11,11 +11,12 @@ import pytest
 from pyroute2 import IPRoute
 
 from nebula_mp import netlink, steering
-from nebula_mp.config.model import Config, ListenConfig, MpConfig, PkiConfig, TunConfig
+from nebula_mp.config.model import NO_OFFLOADS, Config, ListenConfig, MpConfig, Offloads, PkiConfig, TunConfig
 from nebula_mp.errors import InstanceError, SystemCallError
 from nebula_mp.tun_queues import TunQueues
+from nebula_mp.udp_socket import UdpSocket
 from nebula_mp.workers.checked import Checked, PkiSources
-from nebula_mp.workers.host import Host, worker_count
+from nebula_mp.workers.host import Host, superpacket_segments, worker_count
 from tests.support.private_net import devices, private_network
 
 NETWORKS = (ip_interface("10.42.0.1/24"),)
@@ -281,7 +282,7 @@ def test_a_name_that_is_taken_meanwhile_is_an_error_that_may_be_tried_again(
 ) -> None:
     host, _ = Host.open(checked, undo)
     host.close_device()
-    thief, _ = TunQueues.open(TunConfig(dev="nmp-host"), 1)
+    thief, _ = TunQueues.open(TunConfig(dev="nmp-host"), 1, NO_OFFLOADS)
     with pytest.raises(SystemCallError, match="the name is"):
         host.reopen_device()
     thief.close()
@@ -289,6 +290,157 @@ def test_a_name_that_is_taken_meanwhile_is_an_error_that_may_be_tried_again(
     host.reopen_device()
 
     assert host.device_error() is None
+
+
+# ---- offloads ----
+
+
+@pytest.mark.parametrize(
+    ("mtu_bytes", "underlay", "expected"),
+    [
+        (1300, 4, 49),  # 49 * 1332 = 65268, and one more would be 66600
+        (1300, 6, 49),
+        (1248, 4, 51),
+        (1419, 4, 45),
+        (9000, 4, 7),
+        (68, 4, 655),
+        (65_475, 4, 1),
+        (65_475, 6, 1),
+        (9323, 4, 7),  # 7 * 9355 = 65485
+        (9326, 4, 7),  # 7 * 9358 = 65506
+        (9326, 6, 6),
+    ],
+)
+def test_a_superpacket_has_as_many_packets_as_fit_one_send_when_sealed(
+    mtu_bytes: int, underlay: int, expected: int
+) -> None:
+    assert superpacket_segments(mtu_bytes, underlay) == expected
+
+
+@pytest.fixture
+def unforwarding(undo: ExitStack) -> None:
+    """A network that passes no packets on."""
+    forward(0)
+
+
+def forward(switch: int) -> None:
+    """Let the network of this thread pass packets on, or not."""
+    for key in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
+        Path(f"/proc/sys/net/{key}").write_text(str(switch))
+
+
+def gso_max_segs(device: str) -> int:
+    with IPRoute() as ipr:
+        (link,) = ipr.get_links(ifname=device)
+        count: int = link.get_attr("IFLA_GSO_MAX_SEGS")
+        return count
+
+
+def with_offloads(checked: Checked, offloads: Offloads) -> Checked:
+    return replace(checked, config=replace(checked.config, mp=replace(checked.config.mp, offload=offloads)))
+
+
+@pytest.mark.e2e
+@pytest.mark.usefixtures("unforwarding")
+@pytest.mark.parametrize(
+    "off", [(), ("tso",), ("uso",), ("udp_segment",), ("udp_gro",), ("tso", "uso"), ("udp_gro", "tso")]
+)
+def test_what_is_wanted_is_granted_and_nothing_else(
+    checked: Checked, undo: ExitStack, off: tuple[str, ...]
+) -> None:
+    wanted = replace(Offloads(), **dict.fromkeys(off, False))
+
+    host, warnings = Host.open(with_offloads(checked, wanted), undo)
+
+    assert (host.offloads, warnings) == (wanted, ())
+    assert host.steering.coalesces is wanted.udp_gro
+    assert host.segments == (49 if wanted.tun_header else None)
+    assert gso_max_segs("nmp-host") == (49 if wanted.tun_header else 65_535)
+
+
+@pytest.mark.e2e
+@pytest.mark.usefixtures("unforwarding")
+def test_without_several_queues_there_is_one_worker_and_no_warning(checked: Checked, undo: ExitStack) -> None:
+    host, warnings = Host.open(with_offloads(checked, Offloads(multiqueue=False)), undo)
+
+    assert (host.workers, len(host.tuns), len(host.steering.members)) == (1, 1, 2)
+    assert (host.offloads, warnings) == (Offloads(multiqueue=False), ())
+
+
+@pytest.mark.e2e
+@pytest.mark.usefixtures("unforwarding")
+def test_a_kernel_that_cannot_cut_datagrams_is_named_with_the_cost(
+    checked: Checked, undo: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(UdpSocket, "segmentation_error", lambda _: "ENOPROTOOPT")
+
+    host, warnings = Host.open(checked, undo)
+
+    assert host.offloads == Offloads(udp_segment=False)
+    (warning,) = warnings
+    assert warning == (
+        "udp: the kernel does not cut datagrams (ENOPROTOOPT): each costs a call of its own, and TCP several"
+        " times the CPU; UDP_SEGMENT needs Linux 4.18"
+    )
+
+
+@pytest.mark.e2e
+@pytest.mark.usefixtures("unforwarding")
+def test_the_size_of_superpackets_follows_the_mtu_and_comes_back_with_it(
+    checked: Checked, undo: ExitStack
+) -> None:
+    host, _ = Host.open(checked, undo)
+    config = replace(checked.config, tun=replace(checked.config.tun, mtu=9000))
+    found = [(host.segments, gso_max_segs("nmp-host"))]
+
+    with ExitStack() as attempt:
+        host.prepare(config, NETWORKS, attempt)
+        found.append((host.segments, gso_max_segs("nmp-host")))
+    found.append((host.segments, gso_max_segs("nmp-host")))
+
+    assert found == [(49, 49), (7, 7), (49, 49)]
+
+
+@pytest.mark.e2e
+@pytest.mark.usefixtures("unforwarding")
+def test_a_machine_that_forwards_has_no_limit_since_larger_ones_would_be_cut_up(
+    checked: Checked, undo: ExitStack
+) -> None:
+    forward(1)
+    host, _ = Host.open(checked, undo)
+    found = [host.segments]
+
+    for switch in (0, 1):
+        forward(switch)
+        host.prepare(checked.config, NETWORKS, undo)
+        found.append(gso_max_segs("nmp-host"))
+
+    assert found == [65_535, 49, 65_535]
+
+
+@pytest.mark.e2e
+@pytest.mark.usefixtures("unforwarding")
+def test_a_device_that_is_made_again_has_the_same_offloads(checked: Checked, undo: ExitStack) -> None:
+    host, _ = Host.open(with_offloads(checked, Offloads(uso=False)), undo)
+    host.close_device()
+
+    host.reopen_device()
+
+    assert host._tun.offloads == host.offloads == Offloads(uso=False)
+    assert gso_max_segs("nmp-host") == 49
+
+
+@pytest.mark.e2e
+@pytest.mark.usefixtures("unforwarding")
+def test_a_kernel_that_does_not_limit_superpackets_costs_nothing_but_speed(
+    checked: Checked, undo: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(netlink, "limit_segments", lambda *_: False)
+
+    host, warnings = Host.open(checked, undo)
+
+    assert (host.segments, warnings) == (None, ())
+    assert host.offloads == Offloads()
 
 
 # ---- a worker is given up ----

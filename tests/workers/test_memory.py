@@ -13,8 +13,8 @@ from typing import Any, cast
 
 import pytest
 
-from nebula_mp.config.model import Config, DrainMode, LoggingConfig, MpConfig, PkiConfig
-from nebula_mp.datapath.api import ReaderMemory, RingFds
+from nebula_mp.config.model import NO_OFFLOADS, Config, DrainMode, LoggingConfig, MpConfig, PkiConfig
+from nebula_mp.datapath.api import CONTROL, ReaderMemory, RingFds
 from nebula_mp.errors import SystemCallError
 from nebula_mp.newtypes import Cipher
 from nebula_mp.shm import GENERATION, load_word
@@ -62,6 +62,7 @@ class Shared:
                 steering=steering,
                 listener=self.sockets[5],
                 cpus=(0, 1, 2),
+                offloads=NO_OFFLOADS,
             ),
         )
         self.key = os.memfd_create("key")
@@ -146,6 +147,7 @@ def test_readers_write_only_what_is_theirs(shared: Shared) -> None:
         "ring data upcall/0",
         "ring data stranger/0/1",
         "ring state stranger/1/0",
+        "ring state stranger/control/0",
     }
 
 
@@ -163,6 +165,7 @@ def test_readers_read_what_others_say(shared: Shared) -> None:
         "ring state seal/1",
         "ring state stranger/0/1",
         "ring data stranger/1/0",
+        "ring data stranger/control/0",
     }
 
 
@@ -194,6 +197,8 @@ def test_control_writes_the_tables_and_reads_the_counters(shared: Shared) -> Non
         "locks",
         "ring state upcall/0",
         "ring state upcall/1",
+        "ring data stranger/control/0",
+        "ring data stranger/control/1",
     }
     assert {name for name, is_theirs in found.items() if not is_theirs} == {
         "span 0",
@@ -202,6 +207,8 @@ def test_control_writes_the_tables_and_reads_the_counters(shared: Shared) -> Non
         "traffic 1",
         "ring data upcall/0",
         "ring data upcall/1",
+        "ring state stranger/control/0",
+        "ring state stranger/control/1",
         "ring state seal/0",
         "ring state seal/1",
         "stats services",
@@ -243,6 +250,7 @@ def test_bells_wake_those_they_are_meant_for(shared: Shared) -> None:
 
     assert one.memory.stranger_bells == {1: other.bell}
     assert other.memory.stranger_bells == {0: one.bell}
+    assert control.stranger_bells == (one.bell, other.bell)
     assert one.memory.control_bell == other.memory.control_bell == control.bell
     bells = {control.bell, one.bell, other.bell, one.writer_bell, other.writer_bell}
     assert len(bells) == 5
@@ -256,6 +264,16 @@ def test_stranger_rings_join_each_pair_of_readers_both_ways(shared: Shared) -> N
         drained: RingFds = drainer.strangers_in[source]
         assert target(filled.data) == target(drained.data) == f"ring data stranger/{source}/{owner}"
         assert target(filled.state) == target(drained.state)
+
+
+def test_control_has_a_stranger_ring_to_every_reader(shared: Shared) -> None:
+    control: ControlParts = shared.parts(Role.CONTROL)
+
+    for owner, filled in enumerate(control.strangers_out):
+        drained = shared.parts(Role.READER, owner).memory.strangers_in[CONTROL]
+        assert target(filled.data) == target(drained.data) == f"ring data stranger/control/{owner}"
+        assert (is_writable(filled.data), is_writable(filled.state)) == (True, False)
+        assert (is_writable(drained.data), is_writable(drained.state)) == (False, True)
 
 
 def test_every_descriptor_is_closed_on_exec_and_none_after_close() -> None:
@@ -347,19 +365,19 @@ def test_the_rings_of_one_worker_are_emptied_and_no_others(shared: Shared) -> No
     shared.memory.empty_rings(1)
 
     found = [generations(shared.parts(Role.READER, number).memory) for number in range(WORKERS)]
-    assert found == [(1, 1, 1, 1), (2, 2, 2, 1)]
+    assert found == [(1, 1, 1, 1, 1), (2, 2, 2, 2, 1)]
 
 
 def test_the_rings_between_readers_are_emptied_together(shared: Shared) -> None:
     shared.memory.empty_stranger_rings()
 
     found = [generations(shared.parts(Role.READER, number).memory) for number in range(WORKERS)]
-    assert found == [(1, 1, 1, 2), (1, 1, 1, 2)]
+    assert found == [(1, 1, 1, 1, 2), (1, 1, 1, 1, 2)]
 
 
 def generations(of: ReaderMemory) -> tuple[int, ...]:
     strangers = of.strangers_out.values()
-    rings = (of.seal_ring, of.open_ring, of.upcall_ring, *strangers)
+    rings = (of.seal_ring, of.open_ring, of.upcall_ring, of.strangers_in[CONTROL], *strangers)
     return tuple(load_word(ring.data, GENERATION) for ring in rings)
 
 

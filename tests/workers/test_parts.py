@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from nebula_mp.config.model import DrainMode, LoggingConfig
-from nebula_mp.datapath.api import ReaderMemory, RingFds, UpcallLimits
+from nebula_mp.config.model import DrainMode, LoggingConfig, Offloads
+from nebula_mp.datapath.api import CONTROL, ReaderMemory, RingFds, UpcallLimits
 from nebula_mp.shm import Region
 from nebula_mp.shm_table import WORKERS_MAX
 from nebula_mp.workers.parts import (
@@ -106,6 +106,7 @@ OTHERS: dict[str, object] = {
     "bool": True,
     "LoggingConfig": LoggingConfig(),
     "DrainMode": DrainMode.AUTO,
+    "Offloads": Offloads(),
     "UpcallLimits": UpcallLimits(),
     "tuple[IPNetwork, ...]": (ip_network("10.42.0.0/24"),),
 }
@@ -220,6 +221,6 @@ def test_a_process_is_called_by_its_role_and_a_worker_by_its_number_too(rig: Rig
 def test_no_two_rings_have_a_lock_in_common() -> None:
     workers = range(WORKERS_MAX)
     locks = [lock(worker) for lock in (seal_lock, open_lock, upcall_lock) for worker in workers]
-    locks += [stranger_lock(reader, owner) for reader in workers for owner in workers]
+    locks += [stranger_lock(reader, owner) for reader in (*workers, CONTROL) for owner in workers]
 
     assert len(set(locks)) == len(locks)

@@ -10,7 +10,7 @@ import pytest
 from pyroute2 import IPRoute
 
 from nebula_mp.config.model import DrainMode, TunConfig
-from nebula_mp.datapath.api import Arrival, Drop, UpcallLimits, encode_record
+from nebula_mp.datapath.api import CONTROL, Arrival, Drop, UpcallLimits, encode_record
 from nebula_mp.ioctl_tun import TunDevice
 from nebula_mp.shm import PAGE_BYTES
 from nebula_mp.shm_ring import POISON
@@ -265,9 +265,9 @@ def test_a_reader_that_is_told_to_finish_sees_to_the_packets_that_it_holds_back(
 # Strangers.
 
 
-def fill_stranger_ring(rig: Rig, areas: int, each: int) -> None:
-    """As reader 1 hands datagrams to reader 0; the bell is rung once."""
-    producer = rings.produce(rig.site.stranger[1, 0])
+def fill_stranger_ring(rig: Rig, areas: int, each: int, source: int = 1) -> None:
+    """As reader 1, or control, hands datagrams to reader 0; the bell is rung once."""
+    producer = rings.produce(rig.site.stranger[source, 0])
     number = 0
     for _ in range(areas):
         assert producer.try_begin()
@@ -303,11 +303,24 @@ def test_strangers_that_waited_before_the_reader_was_there_need_no_bell(make_rig
     assert receive(rig.stacks[0]) == packet(0, back=True)
 
 
+def test_a_reader_takes_what_control_hands_over_even_where_it_is_the_only_one(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    rig.start(Role.READER, prepare=without_belt)
+    come_back(rig, 1000)
+    assert receive(rig.stacks[0]) == BACK
+
+    fill_stranger_ring(rig, 2, 30, CONTROL)
+    fill_stranger_ring(rig, 1, 30, CONTROL)  # the same again: there is one window for all
+
+    assert [receive(rig.stacks[0]) for _ in range(60)] == [packet(each, back=True) for each in range(60)]
+    assert soon(lambda: rig.count("drop.replay") == 30)
+
+
 def test_a_reader_has_the_locks_of_its_stranger_rings_until_it_dies(make_rig: MakeRig) -> None:
     rig = make_rig(workers=3)
     rig.start(Role.READER, 1)
     assert soon(lambda: rig.count("mp.passes", worker=1) > 0)
-    locks = [rig.ring_locks.lock(stranger_lock(source, 1)) for source in (0, 2)]
+    locks = [rig.ring_locks.lock(stranger_lock(source, 1)) for source in (0, 2, CONTROL)]
 
     assert not any(lock.try_take() for lock in locks)
     rig.bury(Role.READER, 1)

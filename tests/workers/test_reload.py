@@ -13,6 +13,7 @@ from nebula_mp.config.model import (
     LoggingConfig,
     LogLevel,
     MpConfig,
+    Offloads,
     PkiConfig,
     TimersConfig,
     TunConfig,
@@ -38,6 +39,7 @@ RUNNING = Config(pki=PkiConfig(ca="a", cert="b", key="c"), tun=TunConfig(dev="ne
         (replace(RUNNING, mp=MpConfig(workers=2)), "mp.workers"),
         (replace(RUNNING, mp=MpConfig(drain=DrainMode.WRITER)), "mp.drain"),
         (replace(RUNNING, mp=MpConfig(user="nebula")), "mp.user"),
+        (replace(RUNNING, mp=MpConfig(offload=Offloads(tso=False))), "mp.offload"),
     ],
 )
 def test_what_needs_a_restart_keeps_its_running_value_and_is_named(new: Config, key: str) -> None:

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nebula_mp.control.hostmap import Tunnel
 from nebula_mp.control.plane import DataPlane, Passed
+from nebula_mp.datapath.sealing import LOCK_HOLD
 from nebula_mp.firewall.conntrack import Direction
 from nebula_mp.newtypes import Cipher, Counter, Seconds, TunnelIndex
 from nebula_mp.shm_counters import SendCounters, Traffic
@@ -26,6 +28,7 @@ from nebula_mp.shm_tunnels import TunnelState
 from nebula_mp.wire.header import COUNTER_LIMIT, STAGE_2_COUNTER
 from nebula_mp.wire.ip import TCP, FlowKey
 from nebula_mp.workers.journal import Journal
+from nebula_mp.workers.tables import COUNTER_WAIT
 from tests.support.forked import children, shared_words
 from tests.support.plane_walk import Driver, Model, Reader, Walk, recovered_as
 from tests.support.processes import eventually
@@ -371,7 +374,7 @@ def test_a_counter_at_its_end_is_not_given(memory: Memory) -> None:
 def test_while_another_process_keeps_the_lock_of_a_counter_there_is_none_and_nobody_waits_for_long(
     memory: Memory,
 ) -> None:
-    clock = Clock(step=0.0004)
+    clock = Clock(step=0.002)
     plane = memory.fresh(clock=clock)
     tunnel = opened(plane)
     held = shared_words(1)
@@ -391,10 +394,48 @@ def test_while_another_process_keeps_the_lock_of_a_counter_there_is_none_and_nob
         assert stands_still.try_reserve(tunnel, 100) is None
 
     assert taken is None
-    assert 0.002 <= waited < 0.004
+    assert COUNTER_WAIT <= waited < COUNTER_WAIT + 0.01
     assert plane.stats == stands_still.stats - Tally({"mp.tunnels.kept": 1}) == {"mp.counter.busy": 1}
     assert plane.try_reserve(tunnel, 100) == 3
     assert plane.passed(tunnel).sent == 1
+
+
+def test_control_waits_as_long_for_a_lock_as_a_sealer_and_once_for_who_was_stopped_with_it(
+    memory: Memory,
+) -> None:
+    assert COUNTER_WAIT == LOCK_HOLD
+    clock = Clock(step=0.002)
+    plane = memory.fresh(clock=clock)
+    tunnel, other = opened(plane), opened(plane, 0x1_0004)
+    held = shared_words(2)
+
+    def hold() -> None:
+        fcntl.lockf(memory.tables.locks.descriptor, fcntl.LOCK_EX, 1, 3)
+        held[0] = 1
+        assert eventually(lambda: held[1] == 1, PLENTY_S)
+        fcntl.lockf(memory.tables.locks.descriptor, fcntl.LOCK_UN, 1, 3)
+        held[0] = 2
+        time.sleep(PLENTY_S)
+
+    def waited(tunnel: Tunnel) -> float:
+        before = clock.now
+        plane.try_reserve(tunnel, 100)
+        return clock.now - before
+
+    with children(hold):
+        assert eventually(lambda: held[0] == 1, PLENTY_S)
+        first, second, of_another = waited(tunnel), waited(tunnel), waited(other)
+        clock.now += 3
+        again = waited(tunnel)
+        held[1] = 1
+        assert eventually(lambda: held[0] == 2, PLENTY_S)
+        assert plane.try_reserve(tunnel, 100) == 3
+
+    assert first >= COUNTER_WAIT
+    assert again >= COUNTER_WAIT
+    assert second < 0.01
+    assert of_another < 0.01
+    assert plane.stats == {"mp.counter.busy": 3}
 
 
 def test_control_does_not_wait_for_a_worker_that_has_not_sent_what_it_sealed(memory: Memory) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from nebula_mp import clock
-from nebula_mp.config.model import DrainMode
+from nebula_mp.config.model import NO_OFFLOADS, DrainMode
 from nebula_mp.crypto.aead import Aead
 from nebula_mp.datapath import drains
 from nebula_mp.datapath.api import Drop
@@ -122,15 +122,32 @@ def check_flows(plain: list[bytes], given: set[bytes]) -> None:
 # 1. Areas.
 
 
-def publish(memory: RingMemory, areas: int) -> None:
+STEP = 64
+"""Bytes of each datagram of a train; the bytes of `rings.packet_of` are fewer."""
+
+
+def publish(memory: RingMemory, areas: int, contents: str) -> None:
     """Fill the next areas with packets that can be told apart, as a reader and then its successor."""
     producer = rings.produce(memory, poison=True)
     for _ in range(areas):
         number = load_word(memory.data.descriptor, HEAD)
         assert producer.try_begin()
-        for entry in range(rings.entries_of(number)):
-            assert producer.try_add(rings.packet_of(number, entry), 0, ROW)
+        packets = [rings.packet_of(number, entry) for entry in range(rings.entries_of(number))]
+        if contents == "trains":
+            datagrams = [packet.ljust(STEP, b"\0") for packet in packets]
+            assert producer.try_add(b"".join(datagrams[:2]), STEP, ROW)
+            packets = datagrams[2:]
+        for each in packets:
+            assert producer.try_add(each, int(contents == "packets"), ROW)
         producer.publish()
+
+
+def number_on_the_way(found: bytes, contents: str) -> int:
+    if contents != "trains":
+        return rings.number_of(found)
+    number = int.from_bytes(found[:8], "little")
+    assert found == rings.packet_of(number // 8, number % 8).ljust(STEP, b"\0")
+    return number
 
 
 class Told:
@@ -145,7 +162,7 @@ class Told:
 def die_at(step: int) -> Prepare:
     """Be killed at byte code instruction `step` from the first system call on; end after the first turn."""
     traced = ("shm_ring.py", "drains.py", "writer.py")
-    calls = ("_send", "_try_write")
+    calls = ("_call", "_try_write")
     left = step
     begun = False
 
@@ -173,27 +190,38 @@ def die_at(step: int) -> Prepare:
     return prepare
 
 
-@pytest.mark.parametrize("recovery", Recovery)
-def test_a_writer_killed_at_any_instruction_between_call_and_release_alters_nothing(
-    recovery: Recovery,
-) -> None:
+def send_trains() -> None:
+    """For `prepare`: what can go as a train does so, whatever was granted."""
+    real = drains.Trains
+
+    def trains(*, on: bool) -> drains.Trains:
+        del on
+        return real(on=True)
+
+    pytest.MonkeyPatch().setattr(drains, "Trains", trains)
+
+
+@pytest.mark.parametrize("contents", ["datagrams", "trains", "packets"])
+def test_a_writer_killed_at_any_instruction_between_call_and_release_alters_nothing(contents: str) -> None:
     """Its reader goes on filling with what it may, and poisons what came back, before anybody drains."""
-    is_seal = recovery is Recovery.SEND_AGAIN
+    is_seal = contents != "packets"
+    recovery = Recovery.SEND_AGAIN if is_seal else Recovery.GO_ON_BEHIND
+    prepare = send_trains if contents == "trains" else lambda: None
     with connected(area_bytes=4096, entries_max=8) as rig:
         memory = (rig.site.seal if is_seal else rig.site.opened)[0]
         delivered: list[int] = []
         steps = deaths = survived = 0
         while survived < 2:  # running, since areas differ
-            publish(memory, 1)
-            status = rig.start(Role.WRITER, prepare=die_at(steps)).wait()
+            publish(memory, 1, contents)
+            status = rig.start(Role.WRITER, prepare=all_of(prepare, die_at(steps))).wait()
             assert status in {0, -signal.SIGKILL}
             survived = survived + 1 if status == 0 else 0
             deaths += status != 0
             rig.bury(Role.WRITER)
-            publish(memory, 1)
+            publish(memory, 1, contents)
             (rig.site.send if is_seal else lambda: write_out(rig))()
             arrived = drained([rig.site.far if is_seal else rig.stacks[0]])
-            delivered += [rings.number_of(each) for each in arrived]
+            delivered += [number_on_the_way(each, contents) for each in arrived]
             steps += 1
 
         rings.check_delivered(delivered, load_word(memory.data.descriptor, HEAD), recovery, deaths)
@@ -203,7 +231,8 @@ def test_a_writer_killed_at_any_instruction_between_call_and_release_alters_noth
 def write_out(rig: Rig) -> None:
     """Drain the open ring as a successor would."""
     consumer = rig.site.open_ring()
-    drain = KERNEL.drain_tun(consumer, rig.tun_fds[0], stats=rig.site.pages[1].descriptor)
+    stats = rig.site.pages[1].descriptor
+    drain = KERNEL.drain_tun(consumer, rig.tun_fds[0], stats=stats, offloads=NO_OFFLOADS)
     drain.drain(100)
 
 
@@ -307,6 +336,10 @@ def calls_fail() -> None:
             throw()
             return super().sendto(*arguments)
 
+        def sendmsg(self, *arguments: Any) -> int:
+            throw()
+            return super().sendmsg(*arguments)
+
     def write(descriptor: int, data: memoryview) -> int:
         return len(data) - 1 if throw() else real_write(descriptor, data)
 
@@ -364,7 +397,7 @@ def test_kill_9_and_sigstop_at_random_alter_nothing_repeat_nothing_and_use_no_co
 ) -> None:
     """Two readers seal for one tunnel; all datagrams on the wire are looked at."""
     dice = random.Random(mode)
-    prepare = all_of(change_all_the_time, calls_fail) if failing else change_all_the_time
+    prepare = all_of(change_all_the_time, send_trains, *([calls_fail] if failing else []))
     with connected(mode, range(5000, 5002), workers=2) as rig:
         rig.start_all(prepare=prepare)
         load = Load(rig)
@@ -431,7 +464,7 @@ def test_no_flow_is_reordered_and_every_packet_goes_out_or_is_counted_once(
 ) -> None:
     """Odd flows come in at the reader that does not own the tunnel, which hands them over."""
     dice = random.Random(mode)
-    prepare = all_of(change_all_the_time, calls_fail) if failing else change_all_the_time
+    prepare = all_of(change_all_the_time, send_trains, *([calls_fail] if failing else []))
     with connected(mode, FLOWS, workers=2) as rig:
         rig.start_all(prepare=prepare)
         rig.site.now = clock.monotonic()

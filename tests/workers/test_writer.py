@@ -16,12 +16,12 @@ from tests.workers.rig import Rig, is_silent, receive, soon, without_belt
 ROW = INDEX_NEAR & 0xFFFF
 
 
-def publish(memory: RingMemory, *areas: list[bytes]) -> None:
-    """As the reader of this ring."""
+def publish(memory: RingMemory, *areas: list[bytes], packets: int = 0) -> None:
+    """As the reader of this ring; `packets` that an entry of the open ring says it has."""
     producer = rings.produce(memory, poison=True)
     for contents in areas:
         assert producer.try_begin()
-        assert all(producer.try_add(each, 0, ROW) for each in contents)
+        assert all(producer.try_add(each, packets, ROW) for each in contents)
         producer.publish()
 
 
@@ -37,7 +37,7 @@ def test_a_stroke_of_the_bell_empties_both_rings(make_rig: MakeRig) -> None:
     rig = started(make_rig(areas=32))
     areas = [[b"%d.%d" % (area, entry) for entry in range(3)] for area in range(32)]
     publish(rig.site.seal[0], *areas)
-    publish(rig.site.opened[0], *areas)
+    publish(rig.site.opened[0], *areas, packets=1)
 
     rig.writer_bells[0].ring()
 
@@ -60,7 +60,7 @@ def test_a_bell_that_was_rung_before_the_writer_was_there_is_heard(make_rig: Mak
 
 def test_a_writer_looks_at_its_rings_before_it_first_sleeps(make_rig: MakeRig) -> None:
     rig = make_rig()
-    publish(rig.site.opened[0], [b"of its predecessor"])
+    publish(rig.site.opened[0], [b"of its predecessor"], packets=1)
 
     rig.start(Role.WRITER, prepare=without_belt)
 
@@ -104,7 +104,7 @@ def test_a_ring_that_the_reader_drains_is_left_to_it_and_costs_no_turns(make_rig
     stopped = rings.consume(rig.site.seal[0], lock=rig.ring_locks.lock(seal_lock(0)), holder=holder)
     assert stopped.try_take()
     publish(rig.site.seal[0], [b"out"])
-    publish(rig.site.opened[0], [b"in"])
+    publish(rig.site.opened[0], [b"in"], packets=1)
     rig.start(Role.WRITER)
 
     rig.writer_bells[0].ring()
@@ -123,7 +123,7 @@ def test_each_ring_has_a_lock_of_its_own(make_rig: MakeRig) -> None:
     assert rig.ring_locks.lock(open_lock(1)).try_take()
     for worker in range(2):
         publish(rig.site.seal[worker], [b"out"])
-        publish(rig.site.opened[worker], [b"in"])
+        publish(rig.site.opened[worker], [b"in"], packets=1)
         rig.start(Role.WRITER, worker, prepare=without_belt)
 
     assert [receive(rig.site.far) for _ in range(2)] == [b"out", b"out"]
@@ -136,7 +136,7 @@ def test_each_ring_has_a_lock_of_its_own(make_rig: MakeRig) -> None:
 def test_told_to_finish_it_sends_what_waits_and_ends(make_rig: MakeRig) -> None:
     rig = started(make_rig())
     publish(rig.site.seal[0], *([b"%d" % area] for area in range(8)))
-    publish(rig.site.opened[0], *([b"%d" % area] for area in range(8)))
+    publish(rig.site.opened[0], *([b"%d" % area] for area in range(8)), packets=1)
 
     assert rig.child(Role.WRITER).kill(signal.SIGUSR2) == 0
 
@@ -174,7 +174,7 @@ def test_signals_for_everybody_are_none_of_a_writers_business(make_rig: MakeRig,
 def test_a_lost_tun_queue_ends_the_writer_with_its_exit_code_and_one_line(make_rig: MakeRig) -> None:
     rig = make_rig()
     rig.tun_fds[0] = rig.log  # cannot be written to
-    publish(rig.site.opened[0], [b"in"])
+    publish(rig.site.opened[0], [b"in"], packets=1)
 
     assert rig.start(Role.WRITER).wait() == 3
 
@@ -210,8 +210,8 @@ def test_what_is_being_sent_when_a_writer_dies_goes_on_as_each_ring_wants_it(mak
     """Its successor sends a datagram again, which the peer drops, and passes over a packet for the stack."""
     rig = make_rig()
     areas = [b"0", b"1", b"2"]
-    for memory in (rig.site.seal[0], rig.site.opened[0]):
-        publish(memory, areas)
+    for memory, packets in ((rig.site.seal[0], 0), (rig.site.opened[0], 1)):
+        publish(memory, areas, packets=packets)
         rings.patch(memory, "progress", 0 << 12 | 2)
 
     rig.start(Role.WRITER)
