@@ -86,7 +86,7 @@ def test_every_packet_in_is_a_packet_out_or_counted_under_one_reason(
     pair.a.inbound = _IPV4_ONLY
     pair.a.extra = {**_PATIENT, **_NO_TESTS, "firewall": {"outbound": list(_IPV4_ONLY)}}
     pair.a.extra |= {} if superpackets else _NO_TUN_OFFLOADS
-    pair.b.extra = _NO_TESTS
+    pair.b.extra = {**_PATIENT, **_NO_TESTS}
     pair.introduce(pair.a)
     with Wiretap(pair.wire) as tap, pair.wire.record() as recorder:
         pair.start()
