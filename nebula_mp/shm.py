@@ -59,7 +59,6 @@ _WORD = struct.Struct("<Q")
 _MFD_NOEXEC_SEAL = 8  # Linux 6.3; refused as unknown before, demanded by sysctl vm.memfd_noexec=2 since
 _ACCESS = {os.O_RDONLY: "read-only", os.O_WRONLY: "write-only", os.O_RDWR: "read-write"}
 _SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
-_MADV_POPULATE_WRITE = 23
 _MLOCK_ONFAULT = 1  # lock a page when it is first used, so that locking costs no memory
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -260,20 +259,6 @@ class Mapping:
             return False
         address, size_bytes = ctypes.c_void_p(_address(self.data)), ctypes.c_size_t(self.size_bytes)
         return bool(_libc.mlock2(address, size_bytes, ctypes.c_uint(_MLOCK_ONFAULT)) == 0)
-
-    def populate(self) -> bool:
-        """Have every page there before it is used; False where the kernel cannot (before Linux 5.14).
-
-        9 ms for 36 MB. One by one, at first use, a page costs 4 us.
-        """
-        memory = self.data.obj
-        assert isinstance(memory, mmap.mmap)
-        assert self.writable
-        try:
-            memory.madvise(_MADV_POPULATE_WRITE)
-        except OSError:
-            return False
-        return True
 
     def contradiction(self, field: str, value: object, expected: str) -> RingError:
         """Make the error that says which memory contradicts us, and how."""

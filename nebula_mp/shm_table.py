@@ -27,8 +27,7 @@ tunnel's row when it sends, can map the rows and still hold no key. `traffic` ha
 are workers: the last is control's, which seals its own messages.
 
 Every region is the header of `shm`, further words of the whole table up to the end of the first page, and
-then its rows. All numbers are little-endian, addresses in network order. Only pages in use cost memory, but
-control takes all of `flows` and `seen`, 36 MB, when it starts.
+then its rows. All numbers are little-endian, addresses in network order. Only pages in use cost memory.
 Words of 4 bytes are stored through a view cast to "I", which is one move instruction like that of 8.
 """
 

@@ -415,27 +415,6 @@ def test_a_child_that_forgets_protected_memory_it_never_had_loses_nothing_of_its
         assert child.wait() == 0
 
 
-def test_a_region_without_reserved_memory_has_all_of_it_once_it_is_populated(keep: Keep) -> None:
-    region = keep(Region.create(LAYOUT, 64 * PAGE_BYTES, reserve=False))
-    mapping = Mapping(region.descriptor, LAYOUT, writable=True)
-    before = os.fstat(region.descriptor).st_blocks
-
-    populated = mapping.populate()
-
-    taken = 64 if populated else before * 512 // PAGE_BYTES  # a kernel before 5.14 cannot
-    assert os.fstat(region.descriptor).st_blocks * 512 == taken * PAGE_BYTES
-    assert bytes(mapping.data[PAGE_BYTES:]) == bytes(63 * PAGE_BYTES)
-
-
-def test_a_kernel_that_cannot_populate_costs_only_speed(
-    region: Region, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shm, "_MADV_POPULATE_WRITE", 9999)
-    mapping = Mapping(region.descriptor, LAYOUT, writable=True)
-
-    assert mapping.populate() is False
-
-
 def test_a_mapping_outlives_its_descriptor_and_gives_its_own_back_when_it_is_forgotten(keep: Keep) -> None:
     region = keep(Region.create(LAYOUT, PAGE_BYTES))
     before = open_descriptors()

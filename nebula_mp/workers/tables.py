@@ -150,11 +150,8 @@ class ShmPlane:
             lambda worker: states[worker].words[TAIL],
         )
         self._tunnels = TunnelTable(Mapping(tables.tunnels, TUNNELS, writable=True), keys, self._counters)
-        flows, seen = Mapping(tables.flows, FLOWS, writable=True), Mapping(tables.seen, SEEN, writable=True)
-        # Hashed, most of the first ten thousand flows would be the first in their page: 4 us for each page.
-        for mapping in (flows, seen):
-            mapping.populate()
-        self._flows = FlowTable(flows, seen)
+        flows = Mapping(tables.flows, FLOWS, writable=True)
+        self._flows = FlowTable(flows, Mapping(tables.seen, SEEN, writable=True))
         self._journal = Journal(Mapping(tables.journal, JOURNAL, writable=True))
         self._routes = PeerView(self._peers_memory)
         self._sent = Traffic(traffic[last])

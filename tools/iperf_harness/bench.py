@@ -71,6 +71,7 @@ class Bench:
     system: System
     topology: str
     workers: int
+    congestion: str | None = None  # TCP's; None: the machine's
     lab: Lab = field(default_factory=lambda: Lab(f"{PREFIX}-{os.getpid()}"))
     nodes: list[Node] = field(default_factory=list)
     folder: Path | None = None

@@ -153,7 +153,8 @@ def _explained(error: SystemCallError, bench: Bench) -> str:
 
 def _tcp(*options: str) -> Callable[[Bench, float], Sent]:
     def send(bench: Bench, seconds: float) -> Sent:
-        report = traffic.iperf(bench.client, bench.server, bench.target, *options, seconds=seconds)
+        chosen = ("--congestion", bench.congestion) if bench.congestion else ()
+        report = traffic.iperf(bench.client, bench.server, bench.target, *options, *chosen, seconds=seconds)
         return Sent(traffic.tcp_figures(report), notes={"congestion": traffic.congestion_control(report)})
 
     return send

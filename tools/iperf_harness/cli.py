@@ -101,6 +101,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="workers or routines of each (default 1)",
     )
+    add("--congestion", metavar="NAME", help="TCP's congestion control (default: the machine's)")
     add("--kernel", metavar="NAME", help="mp.kernel of every nebula-mp")
     add("--drain", metavar="MODE", help="mp.drain of every nebula-mp")
     add("--command", action="append", default=[], metavar="LABEL=COMMAND", help="one more system")
@@ -197,6 +198,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         rounds=arguments.rounds or (QUICK_ROUNDS if quick else ROUNDS),
         seconds=arguments.seconds or (QUICK_SECONDS if quick else SECONDS),
         workers=arguments.workers,
+        congestion=arguments.congestion,
     )
 
 

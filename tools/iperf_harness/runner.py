@@ -30,6 +30,7 @@ class Plan:
     rounds: int
     seconds: float
     workers: int
+    congestion: str | None = None
 
     @property
     def steps(self) -> int:
@@ -51,7 +52,7 @@ def execute(plan: Plan, progress: Progress, add: Callable[[Sample], None]) -> No
             benches = []
             for system in systems:
                 progress.begin(f"round {number}/{plan.rounds}, starting {system.label}")
-                bench = stack.enter_context(Bench(system, plan.topology, plan.workers))
+                bench = stack.enter_context(Bench(system, plan.topology, plan.workers, plan.congestion))
                 try:
                     bench.start()
                 except SystemCallError as error:
