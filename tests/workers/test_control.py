@@ -29,7 +29,7 @@ from nebula_mp.config.model import (
     TimersConfig,
 )
 from nebula_mp.control.actions import SendDatagram
-from nebula_mp.datapath.api import UpcallReason, encode_plain_record
+from nebula_mp.datapath.api import UPCALL_AREAS, UpcallReason, encode_plain_record
 from nebula_mp.datapath.virtio import HEADER_BYTES
 from nebula_mp.errors import SystemCallError
 from nebula_mp.ioctl_tun import TunDevice, WriteFault
@@ -609,7 +609,7 @@ def test_a_ring_to_a_reader_that_contradicts_itself_is_reported_and_attached_to_
 
 
 def spoil_head(rig: Rig) -> None:
-    patch(rig.memory._upcall[1], "head", 99)
+    patch(rig.memory._upcall[1], "head", UPCALL_AREAS + 1)
     rig.hands[0].upcalls._bell.ring()
 
 
