@@ -118,7 +118,7 @@ def test_as_many_workers_as_configured_share_device_and_port(gateway: Supervised
 
 
 def test_the_offloads_in_force_are_said_at_the_start(running: Supervised) -> None:
-    (said,) = running.records("offloads")
+    said = running.wait("offloads")
 
     wanted = {"tso": True, "uso": True, "udpSegment": True, "udpGro": True, "queues": 1}
     assert {name: said[name] for name in wanted} == wanted
@@ -129,7 +129,7 @@ def test_one_worker_because_of_the_configuration_is_said_and_no_warning(gateway:
     gateway.configure(workers=3, offload={"multiqueue": False})
     gateway.start()
 
-    (said,) = gateway.records("one worker, as mp.offload.multiqueue is off")
+    said = gateway.wait("one worker, as mp.offload.multiqueue is off")
     assert (said["level"], said["wanted"]) == ("INFO", 3)
     assert gateway.records("offloads")[0]["queues"] == 1
     assert [record["role"] for record in gateway.records("worker started")] == ALL

@@ -20,6 +20,7 @@ from nebula_mp.errors import SystemCallError
 
 _COMMAND_TIMEOUT_S = 30.0
 _TERM_GRACE_S = 3.0
+_ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def require_root_and_iproute() -> None:
@@ -101,8 +102,13 @@ class Lab:
     def namespace(self, suffix: str) -> Namespace:
         """Create `<prefix>-<suffix>` with its loopback up."""
         space = Namespace(f"{self.prefix}-{suffix}")
-        self.namespaces.append(space)  # before the call: an interrupted creation is undone as well
-        run(["ip", "netns", "add", space.name])
+        self.namespaces.append(space)
+        # Not interrupted: the command could be under way, and make what `close` has looked for in vain.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDINGS)
+        try:
+            run(["ip", "netns", "add", space.name])
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         # An IPv6 address that is still being checked for duplicates cannot be used, for up to 2 s.
         space.run("sh", "-c", "echo 0 > /proc/sys/net/ipv6/conf/default/accept_dad")
         space.run("ip", "link", "set", "lo", "up")
