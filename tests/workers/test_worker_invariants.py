@@ -422,7 +422,9 @@ def test_kill_9_and_sigstop_at_random_alter_nothing_repeat_nothing_and_use_no_co
         assert soon(all_out)
         rig.finish()
         all_out()
-        assert rig.log_text() == ""
+        said = rig.log_text().splitlines()
+        # A call that fails with EIO may say that trains do not work here, and then it is done without them.
+        assert [line for line in said if not (failing and 'msg="offload disabled"' in line)] == []
     # Not in order: an area that is sent again may fill gaps that a full socket or a failed call has left.
     plain = opened(load.wire)
     assert set(plain) <= load.given, "altered"
