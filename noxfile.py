@@ -17,6 +17,16 @@ def install(session: nox.Session) -> None:
     session.install("--constraint", "tools/constraints.txt", "--editable", ".[dev]")
 
 
+def run_in_modes(session: nox.Session, *tests: str) -> None:
+    install(session)
+    session.run("tools/get-peers", PEERS, external=True)
+    for workers in os.environ.get("NEBULA_MP_TEST_WORKERS", "1 2 4").split():
+        for drain in os.environ.get("NEBULA_MP_TEST_DRAIN", "auto writer reader").split():
+            mode = {"NEBULA_MP_TEST_WORKERS": workers, "NEBULA_MP_TEST_DRAIN": drain}
+            session.log(f"{workers} workers, drained by {drain}")
+            session.run("pytest", *tests, *session.posargs, env={"NEBULA_PEERS": PEERS, **mode})
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Ruff: rules and format."""
@@ -60,27 +70,13 @@ def e2e_modes(session: nox.Session) -> None:
 
     NEBULA_MP_TEST_WORKERS and NEBULA_MP_TEST_DRAIN choose some of the nine.
     """
-    install(session)
-    session.run("tools/get-peers", PEERS, external=True)
-    for workers in os.environ.get("NEBULA_MP_TEST_WORKERS", "1 2 4").split():
-        for drain in os.environ.get("NEBULA_MP_TEST_DRAIN", "auto writer reader").split():
-            mode = {"NEBULA_MP_TEST_WORKERS": workers, "NEBULA_MP_TEST_DRAIN": drain}
-            session.log(f"{workers} workers, drained by {drain}")
-            session.run("pytest", *ANY_MODE, *session.posargs, env={"NEBULA_PEERS": PEERS, **mode})
+    run_in_modes(session, *ANY_MODE)
 
 
 @nox.session
 def offload_matrix(session: nox.Session) -> None:
     """Each offload off in turn, and all of them; 1, 2, 4 workers x drain modes, chosen as in e2e_modes."""
-    install(session)
-    session.run("tools/get-peers", PEERS, external=True)
-    for workers in os.environ.get("NEBULA_MP_TEST_WORKERS", "1 2 4").split():
-        for drain in os.environ.get("NEBULA_MP_TEST_DRAIN", "auto writer reader").split():
-            mode = {"NEBULA_MP_TEST_WORKERS": workers, "NEBULA_MP_TEST_DRAIN": drain}
-            session.log(f"{workers} workers, drained by {drain}")
-            session.run(
-                "pytest", "tests/e2e/test_offloads.py", *session.posargs, env={"NEBULA_PEERS": PEERS, **mode}
-            )
+    run_in_modes(session, "tests/e2e/test_offloads.py")
 
 
 @nox.session
