@@ -13,17 +13,15 @@ checksum is right, it and what it covers are 0.
 import json
 import select
 import struct
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import BinaryIO, Self
+from typing import BinaryIO
 
+from tests.support.companion import Companion
 from tests.support.netns import Site
 from tests.support.packet_tap import Frame, PacketTap
-from tests.support.peers import CLONE
 
 _BUFFER_BYTES = 512 << 20
 _END_WITHIN_S = 120.0
@@ -145,46 +143,18 @@ _VERIFIERS: Mapping[int, Callable[[bytes, int], None]] = {
 }
 
 
-class Inspector:
-    """The process, from its making to `finish`; a context manager that ends it in any case."""
+class Inspector(Companion):
+    """Looks at all packets of a device from its making to `finish`."""
 
     def __init__(self, site: Site, device: str) -> None:
-        argv = site.space.command("env", f"PYTHONPATH={CLONE}", sys.executable, "-m", __name__, device)
-        self._process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        try:
-            assert self._line() == "ready\n"
-        except BaseException:
-            self._end()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._end()
+        super().__init__(site.space, __name__, device, answers_within_s=_END_WITHIN_S)
 
     def finish(self) -> Inspected:
         """What was found in all that came until now."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        self._hang_up()
         fields = json.loads(self._line())
         packets, superpackets = Counter(fields.pop("packets")), Counter(fields.pop("superpackets"))
         return Inspected(packets, superpackets, **fields)
-
-    def _line(self) -> str:
-        output = self._process.stdout
-        assert output is not None
-        assert select.select([output], [], [], _END_WITHIN_S)[0], "the inspector says nothing"
-        return output.readline().decode()
-
-    def _end(self) -> None:
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            pipe.close()
-        self._process.kill()
-        self._process.wait()
 
 
 def _inspect_until_closed(device: str, stdin: BinaryIO) -> Inspected:

@@ -12,17 +12,15 @@ import json
 import random
 import select
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from nebula_mp.newtypes import UdpAddr
+from tests.support.companion import Companion
 from tests.support.netns import Site, Wire
-from tests.support.peers import CLONE
 from tests.support.udp_batches import receive, receive_batches, send_in_batches
 
 _SO_RCVBUFFORCE, _SO_SNDBUFFORCE = 33, 32
@@ -105,8 +103,8 @@ class Way:
         return found
 
 
-class LossyWire:
-    """The process, from its making to the end of the `with`; `behind` is where a node finds its peer."""
+class LossyWire(Companion):
+    """The process on the wire; `behind` is where a node finds its peer."""
 
     def __init__(self, wire: Wire, *, family: int, port: int, seed: int) -> None:
         self._family, self._port = family, port
@@ -118,23 +116,7 @@ class LossyWire:
                 for site in (wire.a, wire.b)
             ],
         }
-        argv = wire.router.command(
-            "env", f"PYTHONPATH={CLONE}", sys.executable, "-m", __name__, json.dumps(plan)
-        )
-        self._process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        try:
-            assert self._line() == "ready\n"
-        except BaseException:
-            self._end()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._end()
+        super().__init__(wire.router, __name__, json.dumps(plan), answers_within_s=_END_WITHIN_S)
 
     def behind(self, site: Site) -> UdpAddr:
         """Where a node at `site` has to send what is for its peer."""
@@ -142,32 +124,14 @@ class LossyWire:
 
     def begin(self, faults: Faults) -> None:
         """Spoil what comes from now on, and count it."""
-        self._say(asdict(faults))
+        self._say(json.dumps(asdict(faults)))
         assert self._line() == "begun\n"
 
     def finish(self) -> tuple[Passed, Passed]:
         """Let everything pass again; what came since `begin` from site a, and from site b."""
-        self._say({})
+        self._say("{}")
         there, back = json.loads(self._line())
         return Passed(**there), Passed(**back)
-
-    def _say(self, words: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(words).encode() + b"\n")
-        self._process.stdin.flush()
-
-    def _line(self) -> str:
-        output = self._process.stdout
-        assert output is not None
-        assert select.select([output], [], [], _END_WITHIN_S)[0], "the process on the wire says nothing"
-        return output.readline().decode()
-
-    def _end(self) -> None:
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            pipe.close()
-        self._process.kill()
-        self._process.wait()
 
 
 class _Middle:

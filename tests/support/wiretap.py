@@ -11,18 +11,16 @@ import json
 import select
 import socket
 import struct
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 from nebula_mp.wire.header import HEADER_BYTES, MessageType
+from tests.support.companion import Companion
 from tests.support.netns import Site, Wire
 from tests.support.packet_tap import PacketTap, udp_payload_at
-from tests.support.peers import CLONE
 
 _BUFFER_BYTES = 128 << 20
 _HEADER = struct.Struct("!BBHIQ")
@@ -111,44 +109,16 @@ def _text(source: bytes) -> str:
     return socket.inet_ntop(socket.AF_INET if len(source) == 4 else socket.AF_INET6, source)
 
 
-class Wiretap:
-    """Watches from its making to `finish`; a context manager that ends the process in any case."""
+class Wiretap(Companion):
+    """Watches from its making to `finish`."""
 
     def __init__(self, wire: Wire) -> None:
-        argv = wire.router.command("env", f"PYTHONPATH={CLONE}", sys.executable, "-m", __name__)
-        self._process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        try:
-            assert self._line() == "ready\n"
-        except BaseException:
-            self._end()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._end()
+        super().__init__(wire.router, __name__, answers_within_s=_END_WITHIN_S)
 
     def finish(self) -> Report:
         """Watch no more; what was seen."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        self._hang_up()
         return Report(**json.loads(self._line()))
-
-    def _line(self) -> str:
-        output = self._process.stdout
-        assert output is not None
-        assert select.select([output], [], [], _END_WITHIN_S)[0], "the wiretap says nothing"
-        return output.readline().decode()
-
-    def _end(self) -> None:
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            pipe.close()
-        self._process.kill()
-        self._process.wait()
 
 
 def _watch_until_closed(stdin: BinaryIO) -> dict[str, Any]:
