@@ -1,0 +1,39 @@
+//! The batch operations of the data path: what `nebula_mp.datapath.python` specifies, natively.
+//!
+//! ```text
+//! TUN  -> sealer  -> ring::Producer -> ring::Consumer -> drains::UdpDrain -> UDP
+//! UDP  -> opener  -> ring::Producer -> ring::Consumer -> drains::TunDrain -> TUN
+//!         sealer | opener -> upcalls::Upcalls -> upcall ring -> control, which is Python
+//! ```
+//!
+//! Bottom-up: `error`, `header`, `checksum`, `ip`, `virtio`, `segment`, `coalesce`, `aead`, `replay` (pure) ->
+//! `words`, `region`, `layout` (memory) -> `ring`, `stats`, `tunnels`, `peers`, `flows`, `counters`, `windows`
+//! (shared structures) -> `filler`, `upcalls` -> `sys` (system calls) -> `sealer`, `delivery`, `opener`, `drains`.
+//! Knows no policy, no process and nothing of Python; allocates nothing for a packet.
+
+pub mod aead;
+pub mod checksum;
+pub mod coalesce;
+pub mod counters;
+pub mod delivery;
+pub mod drains;
+pub mod error;
+pub mod filler;
+pub mod flows;
+pub mod header;
+pub mod ip;
+pub mod layout;
+pub mod opener;
+pub mod peers;
+pub mod region;
+pub mod replay;
+pub mod ring;
+pub mod sealer;
+pub mod segment;
+pub mod stats;
+pub mod sys;
+pub mod tunnels;
+pub mod upcalls;
+pub mod virtio;
+pub mod windows;
+pub mod words;
