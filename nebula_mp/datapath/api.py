@@ -56,6 +56,7 @@ from typing import Final, NamedTuple, Protocol
 from nebula_mp.config.model import Offloads
 from nebula_mp.errors import RingError
 from nebula_mp.newtypes import Buffer, IPNetwork, Seconds, TunnelIndex, UdpAddr
+from nebula_mp.shm_counters import SendCounters
 from nebula_mp.shm_ring import Bell, Consumer
 from nebula_mp.shm_table import WORKERS_MAX
 
@@ -222,6 +223,26 @@ class RingFds(NamedTuple):
     state: int
 
 
+class RingEnd(NamedTuple):
+    """The consumer's end of a ring of a worker, as a reader or a writer is given it."""
+
+    fds: RingFds  # state writable
+    name: str  # for messages, as in `seal/0`
+    locks: int  # file of the record locks; who has atomic instructions leaves it alone
+    lock: int  # the lease's number in there
+    holder: int | None  # this process's `shm_ring.holder_word`; None: it alone drains, and needs no lease
+    rows: int  # of the tunnel table
+
+
+class CounterFds(NamedTuple):
+    """What control is given of the send counters, as descriptors; borrowed as in `ReaderMemory`."""
+
+    send: int  # writable
+    spans: tuple[int, ...]  # of all workers, read-only
+    seal_states: tuple[int, ...]  # of all workers' seal rings, read-only
+    locks: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReaderMemory:
     """Everything of the shared memory that reader `worker` is given, as descriptors.
@@ -325,14 +346,24 @@ class Drain(Protocol):
     is released when the last call on it has returned.
     """
 
-    ring: Consumer
-    """For the lease: `try_take` before, `drop` after."""
-
     given_up: str | None
     """What was granted and then refused in use, and is done without from then on; None if nothing was."""
 
+    @property
+    def areas(self) -> int:
+        """How many the ring has."""
+
+    def try_take(self) -> bool:
+        """Become the ring's consumer; False when the other process is. Never waits."""
+
+    def pending(self) -> int:
+        """Areas that are ready; only while we are the consumer. Raises RingError."""
+
     def drain(self, budget: int) -> int:
-        """Empty at most `budget` areas; gives how many. Raises OSError, RingError."""
+        """Empty at most `budget` areas; gives how many. As `pending`. Raises OSError, RingError."""
+
+    def drop(self) -> bool:
+        """Let the other process drain; True when areas are left: then ring its bell. Raises RingError."""
 
 
 class Kernel(Protocol):
@@ -359,13 +390,20 @@ class Kernel(Protocol):
         `poison` overwrites released areas, for tests. Raises RingError, SystemCallError.
         """
 
-    def drain_udp(
-        self, ring: Consumer, udp_fd: int, *, tunnels: int, stats: int, offloads: Offloads
-    ) -> Drain:
-        """Send a seal ring; `tunnels` and `stats` are the regions, read-only and writable."""
+    def drain_udp(self, end: RingEnd, udp_fd: int, *, tunnels: int, stats: int, offloads: Offloads) -> Drain:
+        """Send a seal ring; `tunnels` and `stats` are the regions, read-only and writable.
 
-    def drain_tun(self, ring: Consumer, tun_fd: int, *, stats: int, offloads: Offloads) -> Drain:
-        """Write an open ring, which was made to go on behind the entry in progress."""
+        What a predecessor was sending is sent again: the receiver recognises copies. Raises RingError.
+        """
+
+    def drain_tun(self, end: RingEnd, tun_fd: int, *, stats: int, offloads: Offloads) -> Drain:
+        """Write an open ring, which goes on behind the entry in progress. Raises RingError."""
+
+    def send_counters(self, memory: CounterFds) -> SendCounters:
+        """The send counters as control takes them, in the way in which readers of this kernel do.
+
+        Raises RingError.
+        """
 
     def bell_wait(self, bell: Bell, limit_ms: int) -> bool:
         """Sleep until it is rung, at most `limit_ms`; True if it was."""

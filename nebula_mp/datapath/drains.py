@@ -186,14 +186,30 @@ class Trains:
 _Way = tuple[UdpAddr | None, SockAddr | None, int]
 
 
-class UdpDrain:
+class _Leased:
+    """What the two drains have in common: the ring, whose lease they may have."""
+
+    def __init__(self, ring: Consumer) -> None:
+        self.given_up: str | None = None
+        self._ring = ring
+        # As they are: a call more for each of them would be one for each pass.
+        self.try_take = ring.try_take
+        self.pending = ring.pending
+        self.drop = ring.drop
+
+    @property
+    def areas(self) -> int:
+        """As `Drain.areas`."""
+        return self._ring.geometry.areas
+
+
+class UdpDrain(_Leased):
     """A `datapath.api.Drain` of a seal ring."""
 
     def __init__(
         self, ring: Consumer, udp_fd: int, underlay: UnderlayView, stats: StatsPage, offloads: Offloads
     ) -> None:
-        self.ring = ring
-        self.given_up: str | None = None
+        super().__init__(ring)
         self._socket = borrow_socket(self, udp_fd)
         self._targets = Targets(dual=self._socket.family == socket.AF_INET6)
         self._room = _Room(udp_fd, UDP_WAIT_MS)
@@ -205,7 +221,7 @@ class UdpDrain:
 
     def drain(self, budget: int) -> int:
         """As `Drain.drain`."""
-        ring = self.ring
+        ring = self._ring
         self._room.patient = True
         areas = 0
         while areas < budget and ring.pending():
@@ -297,12 +313,11 @@ class UdpDrain:
         return errno.EAGAIN
 
 
-class TunDrain:
+class TunDrain(_Leased):
     """A `datapath.api.Drain` of an open ring, whose consumer goes on behind the entry in progress."""
 
     def __init__(self, ring: Consumer, tun_fd: int, stats: StatsPage, offloads: Offloads) -> None:
-        self.ring = ring
-        self.given_up: str | None = None
+        super().__init__(ring)
         self._descriptor = tun_fd
         self._room = _Room(tun_fd, TUN_WAIT_MS)
         self._header_bytes = HEADER_BYTES if offloads.tun_header else 0
@@ -313,7 +328,7 @@ class TunDrain:
 
     def drain(self, budget: int) -> int:
         """As `Drain.drain`."""
-        ring = self.ring
+        ring = self._ring
         self._room.patient = True
         areas = 0
         while areas < budget and ring.pending():
@@ -321,7 +336,7 @@ class TunDrain:
             for (_, _, packets, _), data in ring.entries():
                 self._write(data, packets)
             if ring.resumed != self._resumed:
-                self._count_resumed()
+                self._count_resumed(ring.resumed)
             ring.release()
             areas += 1
         return areas
@@ -373,10 +388,10 @@ class TunDrain:
             size_bytes += (packets - 1) * encoded_header_bytes(data)
         self._stats.add_traffic(_TUN_PACKETS, packets, size_bytes)
 
-    def _count_resumed(self) -> None:
+    def _count_resumed(self, resumed: int) -> None:
         """Count the packets that a predecessor had begun: whether they were written nobody knows."""
-        self._stats.add(_RESUMED, self.ring.resumed - self._resumed)
-        self._resumed = self.ring.resumed
+        self._stats.add(_RESUMED, resumed - self._resumed)
+        self._resumed = resumed
 
     def _try_write(self, packet: Buffer) -> Drop | None:
         """Why it was not written. Raises OSError when the device is lost."""

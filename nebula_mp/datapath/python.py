@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 
 from nebula_mp.config.model import Offloads
-from nebula_mp.datapath.api import ReaderMemory, RingFds, UpcallLimits
+from nebula_mp.datapath.api import CounterFds, ReaderMemory, RingEnd, RingFds, UpcallLimits
 from nebula_mp.datapath.drains import TunDrain, UdpDrain
 from nebula_mp.datapath.filling import Drops, Filler, Strangers, Upcalls
 from nebula_mp.datapath.opening import PythonOpener
@@ -23,7 +23,7 @@ from nebula_mp.shm import Layout, LockFile, Mapping
 from nebula_mp.shm_counters import ReceiveWindows, SendCounters, Traffic
 from nebula_mp.shm_flows import FlowView
 from nebula_mp.shm_peers import PeerView
-from nebula_mp.shm_ring import DATA, HEAD, STATE, TAIL, Bell, Consumer, Producer
+from nebula_mp.shm_ring import DATA, HEAD, STATE, TAIL, Bell, Consumer, DrainLease, Producer, Recovery
 from nebula_mp.shm_stats import StatsPage
 from nebula_mp.shm_table import FLOWS, KEYS, PEERS, SEEN, SEND, SPAN, TRAFFIC, TUNNELS, WINDOWS
 from nebula_mp.shm_tunnels import TunnelView, UnderlayView
@@ -55,13 +55,9 @@ class PythonReader:
         seal_data = _attach(memory.seal_ring.data, DATA, "seal")
         seal_words = seal_data.words
         seal = Producer(seal_data, _attach(memory.seal_ring.state, STATE, "seal"), poison=poison)
-        states = [_attach(state, STATE, f"seal/{number}") for number, state in enumerate(memory.seal_states)]
-        counters = SendCounters(
-            _attach(memory.send, SEND),
-            LockFile(memory.locks),
-            [_attach(span, SPAN, str(number)) for number, span in enumerate(memory.spans)],
+        counters = _counters(
+            CounterFds(memory.send, memory.spans, memory.seal_states, memory.locks),
             memory.worker,
-            lambda worker: states[worker].words[TAIL],
             published=seal_data.words[HEAD],
         )
         upcalls = Upcalls(
@@ -153,15 +149,21 @@ class PythonKernel:
         )
 
     def drain_udp(
-        self, ring: Consumer, udp_fd: int, *, tunnels: int, stats: int, offloads: Offloads
+        self, end: RingEnd, udp_fd: int, *, tunnels: int, stats: int, offloads: Offloads
     ) -> UdpDrain:
         """As `Kernel.drain_udp`."""
+        ring = _consume(end, Recovery.SEND_AGAIN)
         view = UnderlayView(_attach(tunnels, TUNNELS))
         return UdpDrain(ring, udp_fd, view, StatsPage(stats, writable=True), offloads)
 
-    def drain_tun(self, ring: Consumer, tun_fd: int, *, stats: int, offloads: Offloads) -> TunDrain:
+    def drain_tun(self, end: RingEnd, tun_fd: int, *, stats: int, offloads: Offloads) -> TunDrain:
         """As `Kernel.drain_tun`."""
+        ring = _consume(end, Recovery.GO_ON_BEHIND)
         return TunDrain(ring, tun_fd, StatsPage(stats, writable=True), offloads)
+
+    def send_counters(self, memory: CounterFds) -> SendCounters:
+        """As `Kernel.send_counters`."""
+        return _counters(memory)
 
     def bell_wait(self, bell: Bell, limit_ms: int) -> bool:
         """As `Kernel.bell_wait`."""
@@ -180,6 +182,26 @@ def _attach(descriptor: int, layout: Layout, name: str = "") -> Mapping:
     """Map with the rights that the descriptor gives; what needs more than that refuses it."""
     access = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
     return Mapping(descriptor, layout, writable=access == os.O_RDWR, name=name)
+
+
+def _consume(end: RingEnd, recovery: Recovery) -> Consumer:
+    data, state = _attach(end.fds.data, DATA, end.name), _attach(end.fds.state, STATE, end.name)
+    lease = None
+    if end.holder is not None:
+        lease = DrainLease(state, LockFile(end.locks).lock(end.lock), end.holder)
+    return Consumer(data, state, lease=lease, recovery=recovery, rows=end.rows)
+
+
+def _counters(memory: CounterFds, worker: int | None = None, published: int = 0) -> SendCounters:
+    states = [_attach(state, STATE, f"seal/{number}") for number, state in enumerate(memory.seal_states)]
+    return SendCounters(
+        _attach(memory.send, SEND),
+        LockFile(memory.locks),
+        [_attach(span, SPAN, str(number)) for number, span in enumerate(memory.spans)],
+        worker,
+        lambda worker: states[worker].words[TAIL],
+        published=published,
+    )
 
 
 def _produce(ring: RingFds, name: str, *, poison: bool) -> Producer:

@@ -75,8 +75,7 @@ class _Half:
         self._fill = fill
         self._waiting = waiting
         self._drain = drain
-        self._ring = drain.ring
-        self._areas = drain.ring.geometry.areas
+        self._areas = drain.areas
         self._bell = writer_bell
         self._stats = stats
         self.more = False
@@ -84,13 +83,13 @@ class _Half:
 
     def work(self, budget: int, *, drains: bool) -> None:
         """One pass. Raises OSError, RingError."""
-        ring = self._ring
-        if drains and ring.try_take():
-            if ring.pending():  # seldom
-                self._drain.drain(self._areas)
+        drain = self._drain
+        if drains and drain.try_take():
+            if drain.pending():  # seldom
+                drain.drain(self._areas)
             taken = self._fill(budget)
-            self._drain.drain(self._areas)
-            left = ring.drop()
+            drain.drain(self._areas)
+            left = drain.drop()
         else:
             if drains:
                 self._stats.add(_REFUSED)

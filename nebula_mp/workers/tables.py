@@ -38,11 +38,10 @@ from nebula_mp.errors import CertError
 from nebula_mp.firewall.conntrack import Direction
 from nebula_mp.handshake.machine import Completed, SessionKeys
 from nebula_mp.newtypes import Counter, Curve, Fingerprint, IPAddress, Seconds, TunnelIndex, UdpAddr
-from nebula_mp.shm import LockFile, Mapping
+from nebula_mp.shm import Mapping
 from nebula_mp.shm_counters import Refusal, SendCounters, Traffic, TrafficTotals
 from nebula_mp.shm_flows import REFUSED, FlowTable
 from nebula_mp.shm_peers import PeerTable, PeerView
-from nebula_mp.shm_ring import STATE, TAIL
 from nebula_mp.shm_table import (
     FLOWS,
     JOURNAL,
@@ -50,7 +49,6 @@ from nebula_mp.shm_table import (
     LIVE,
     PEERS,
     SEEN,
-    SEND,
     SPAN,
     TRAFFIC,
     TUNNELS,
@@ -116,11 +114,19 @@ class ShmPlane:
     the controller were performed.
     """
 
-    def __init__(self, tables: TableFds, owners: Sequence[int], *, clock: Callable[[], Seconds]) -> None:
+    def __init__(
+        self,
+        tables: TableFds,
+        owners: Sequence[int],
+        *,
+        counters: SendCounters,
+        clock: Callable[[], Seconds],
+    ) -> None:
         """Attach; `owners` names the reader of each share of the local indexes.
 
-        `clock` is the monotonic one that readers use. The descriptors are borrowed, but `tables.locks` must
-        stay open (see `shm.LockFile`). Raises RingError, SystemCallError.
+        `counters` are those of the kernel that the readers have, `clock` is the monotonic one they use. The
+        descriptors are borrowed, but `tables.locks` must stay open (see `shm.LockFile`). Raises RingError,
+        SystemCallError.
         """
         self.workers: int = len(owners)
         self.stats: collections.Counter[str] = collections.Counter()
@@ -134,21 +140,11 @@ class ShmPlane:
         self._spans = [
             Mapping(each, SPAN, writable=False, name=str(n)) for n, each in enumerate(tables.spans)
         ]
-        states = [
-            Mapping(each, STATE, writable=False, name=f"seal/{n}")
-            for n, each in enumerate(tables.seal_states)
-        ]
         last = len(tables.traffic) - 1
         traffic = [
             Mapping(each, TRAFFIC, writable=n == last, name=str(n)) for n, each in enumerate(tables.traffic)
         ]
-        self._counters = SendCounters(
-            Mapping(tables.send, SEND, writable=True),
-            LockFile(tables.locks),
-            self._spans,
-            None,
-            lambda worker: states[worker].words[TAIL],
-        )
+        self._counters = counters
         self._tunnels = TunnelTable(Mapping(tables.tunnels, TUNNELS, writable=True), keys, self._counters)
         flows = Mapping(tables.flows, FLOWS, writable=True)
         self._flows = FlowTable(flows, Mapping(tables.seen, SEEN, writable=True))

@@ -12,12 +12,12 @@ from typing import Final
 
 from nebula_mp import clock
 from nebula_mp.config.model import LogLevel
-from nebula_mp.datapath.api import Drain, Kernel, RingFds
+from nebula_mp.datapath.api import Drain, Kernel, RingEnd
 from nebula_mp.datapath.python import PythonKernel
 from nebula_mp.errors import RingError
 from nebula_mp.newtypes import Seconds
-from nebula_mp.shm import LockFile, Mapping, RecordLock
-from nebula_mp.shm_ring import DATA, STATE, Consumer, DrainLease, Recovery, holder_word
+from nebula_mp.shm import Mapping
+from nebula_mp.shm_ring import holder_word
 from nebula_mp.shm_stats import SLOTS, StatsPage
 from nebula_mp.shm_table import ROWS_MAX, TUNNEL_ROW, TUNNELS, row_count
 from nebula_mp.workers import logs
@@ -92,18 +92,10 @@ def attach_drains(parts: ReaderParts | WriterParts, tunnels: Fd) -> tuple[Drain,
     Raises RingError, SystemCallError.
     """
     rows = row_count(Mapping(tunnels, TUNNELS, writable=False), TUNNEL_ROW, ROWS_MAX)
-    locks = LockFile(parts.ring_locks)
+    number, locks = parts.number, parts.ring_locks
     holder = holder_word(os.getpid(), parts.start)
-
-    def consumer(ring: RingFds, name: str, lock: RecordLock, recovery: Recovery) -> Consumer:
-        name = f"{name}/{parts.number}"
-        data = Mapping(ring.data, DATA, writable=False, name=name)
-        state = Mapping(ring.state, STATE, writable=True, name=name)
-        return Consumer(data, state, lease=DrainLease(state, lock, holder), recovery=recovery, rows=rows)
-
-    # The receiver of a datagram recognises a copy; the local stack would not.
-    seal = consumer(parts.seal_ring, "seal", locks.lock(seal_lock(parts.number)), Recovery.SEND_AGAIN)
-    opened = consumer(parts.open_ring, "open", locks.lock(open_lock(parts.number)), Recovery.GO_ON_BEHIND)
+    seal = RingEnd(parts.seal_ring, f"seal/{number}", locks, seal_lock(number), holder, rows)
+    opened = RingEnd(parts.open_ring, f"open/{number}", locks, open_lock(number), holder, rows)
     return (
         KERNEL.drain_udp(seal, parts.udp, tunnels=tunnels, stats=parts.stats, offloads=parts.offloads),
         KERNEL.drain_tun(opened, parts.tun, stats=parts.stats, offloads=parts.offloads),

@@ -66,7 +66,7 @@ class _Loop:
             # Whether or not it was rung: before the rings are looked at, never after.
             self._bell.empty()
         # One round is enough: the readers have ended before us.
-        self._drain_some(max(drain.ring.geometry.areas for drain in self._drains))
+        self._drain_some(max(drain.areas for drain in self._drains))
         self._cpu.store()
 
     def _drain_some(self, budget: int) -> bool:
@@ -84,10 +84,9 @@ class _Loop:
 
     def _drain_one(self, drain: Drain, budget: int) -> bool:
         """Whether areas are left that are ours to drain."""
-        ring = drain.ring
-        if not ring.try_take():
+        if not drain.try_take():
             # Somebody has it, or was just looking, and will look again or ring.
             self._stats.add(_REFUSED)
             return False
         drain.drain(budget)
-        return ring.drop()
+        return drain.drop()

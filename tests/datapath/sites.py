@@ -20,6 +20,7 @@ from nebula_mp.datapath.api import (
     UPCALL_ENTRIES,
     Drop,
     ReaderMemory,
+    RingEnd,
     RingFds,
     Upcall,
     UpcallLimits,
@@ -168,6 +169,12 @@ class Site:
     def open_ring(self, worker: int = 0) -> Consumer:
         return rings.consume(self.opened[worker], Recovery.GO_ON_BEHIND, rows=ROWS)
 
+    def seal_end(self, worker: int = 0) -> RingEnd:
+        return _drained(self.seal[worker], f"seal/{worker}")
+
+    def open_end(self, worker: int = 0) -> RingEnd:
+        return _drained(self.opened[worker], f"open/{worker}")
+
     def sealed(self, worker: int = 0) -> list[tuple[Entry, list[bytes]]]:
         """What waits in the seal ring, which is empty then: each entry and its datagrams."""
         ring, found = self.seal_ring(worker), []
@@ -182,7 +189,7 @@ class Site:
     def send(self, worker: int = 0) -> int:
         """Drain the seal ring to UDP; gives the number of areas."""
         drain = KERNEL.drain_udp(
-            self.seal_ring(worker),
+            self.seal_end(worker),
             self.udp[worker].fileno(),
             tunnels=self.tables.tunnels.read_only,
             stats=self.pages[self._workers + worker].descriptor,
@@ -193,7 +200,7 @@ class Site:
     def write(self, worker: int = 0) -> int:
         """Drain the open ring to the TUN device; gives the number of areas."""
         drain = KERNEL.drain_tun(
-            self.open_ring(worker),
+            self.open_end(worker),
             self.tun_fd,
             stats=self.pages[self._workers + worker].descriptor,
             offloads=self.offloads,
@@ -236,6 +243,12 @@ class Site:
         """Let control change the row of the tunnel."""
         self.fields = replace(self.fields, **changes)  # type: ignore[arg-type]  # checked by dataclasses
         self.tunnels.update(self.fields)
+
+
+def _drained(memory: RingMemory, name: str) -> RingEnd:
+    """For a drain that has the ring for itself."""
+    fds = RingFds(memory.data.read_only, memory.state.descriptor)
+    return RingEnd(fds, name, locks=-1, lock=0, holder=None, rows=ROWS)
 
 
 def _filled(memory: RingMemory) -> RingFds:

@@ -10,11 +10,11 @@ from typing import Any, cast
 import pytest
 
 from nebula_mp.config.model import Offloads
-from nebula_mp.datapath.api import Drop
+from nebula_mp.datapath.api import Drop, RingEnd
 from nebula_mp.datapath.drains import TunDrain, UdpDrain
 from nebula_mp.newtypes import UdpAddr
-from nebula_mp.shm import Mapping
-from nebula_mp.shm_ring import DATA, HEAD, STATE, TAIL, Consumer
+from nebula_mp.shm import LockFile, Mapping
+from nebula_mp.shm_ring import DATA, HEAD, STATE, TAIL
 from tests.datapath.sites import INDEX_NEAR, KERNEL, Site, address_of, drained, loopback
 from tests.datapath.superpackets import TIMESTAMPS, Plan
 from tests.support import rings
@@ -35,9 +35,9 @@ def publish(site: Site, memory: Any, *areas: list[bytes], segment: int = 0) -> N
         producer.publish()
 
 
-def udp_drain(site: Site) -> UdpDrain:
+def udp_drain(site: Site, end: RingEnd | None = None) -> UdpDrain:
     return KERNEL.drain_udp(
-        site.seal_ring(),
+        end or site.seal_end(),
         site.udp[0].fileno(),
         tunnels=site.tables.tunnels.read_only,
         stats=site.pages[1].descriptor,
@@ -45,9 +45,12 @@ def udp_drain(site: Site) -> UdpDrain:
     )
 
 
-def tun_drain(site: Site) -> TunDrain:
+def tun_drain(site: Site, end: RingEnd | None = None) -> TunDrain:
     return KERNEL.drain_tun(
-        site.open_ring(), site.tun.fileno(), stats=site.pages[1].descriptor, offloads=site.offloads
+        end or site.open_end(),
+        site.tun.fileno(),
+        stats=site.pages[1].descriptor,
+        offloads=site.offloads,
     )
 
 
@@ -560,6 +563,27 @@ def test_a_parts_end_leaves_the_descriptor_open(site: Site) -> None:
     assert drained([site.far]) == CONTENTS
 
 
-def test_the_ring_is_the_drains_to_lease(site: Site) -> None:
-    assert isinstance(udp_drain(site).ring, Consumer)
-    assert isinstance(tun_drain(site).ring, Consumer)
+@pytest.mark.parametrize("seal", [True, False], ids=["seal ring", "open ring"])
+def test_of_two_drains_of_one_ring_one_has_the_lease(site: Site, *, seal: bool) -> None:
+    locks = LockFile.create()
+    end = (site.seal_end() if seal else site.open_end())._replace(locks=locks.descriptor)
+    memory = (site.seal if seal else site.opened)[0]
+
+    def attach(holder: int) -> UdpDrain | TunDrain:
+        return (udp_drain if seal else tun_drain)(site, end._replace(holder=holder))
+
+    one, other = attach(rings.READER), attach(rings.WRITER)
+
+    assert one.areas == memory.geometry.areas
+    assert one.try_take()
+    assert memory.holder() == (1001, 1)
+    assert not other.try_take()
+    publish(site, memory, CONTENTS[:1], CONTENTS[1:2])
+    assert one.pending() == 2
+    assert one.drain(1) == 1
+    assert one.drop()
+    assert memory.holder() is None
+    assert other.try_take()
+    assert other.drain(9) == 1
+    assert not other.drop()
+    locks.close()

@@ -51,7 +51,7 @@ class Line:
 
     def _attach(self) -> UdpDrain:
         drain = KERNEL.drain_udp(
-            self.site.seal_ring(),
+            self.site.seal_end(),
             self.source.fileno(),
             tunnels=self.site.tables.tunnels.read_only,
             stats=self.site.pages[1].descriptor,

@@ -14,6 +14,8 @@ from nebula_mp.cert.identity import Identity
 from nebula_mp.cert.pool import CaPool
 from nebula_mp.control.hostmap import Tunnel
 from nebula_mp.control.liveness import Traffic
+from nebula_mp.datapath.api import CounterFds
+from nebula_mp.datapath.python import PythonKernel
 from nebula_mp.firewall.rules import PeerNetworks
 from nebula_mp.handshake.machine import Completed, Initiator, Responder
 from nebula_mp.newtypes import Cipher, Seconds, TunnelIndex, UdpAddr
@@ -135,7 +137,9 @@ class Memory:
 
     def plane(self, *owners: int, clock: Callable[[], Seconds] | None = None) -> ShmPlane:
         """Attach as a control process, without `recover`."""
-        return ShmPlane(self.fds(), owners or range(self.workers), clock=clock or Clock())
+        fds = self.fds()
+        counters = PythonKernel().send_counters(CounterFds(fds.send, fds.spans, fds.seal_states, fds.locks))
+        return ShmPlane(fds, owners or range(self.workers), counters=counters, clock=clock or Clock())
 
     def fresh(self, *owners: int, clock: Callable[[], Seconds] | None = None) -> ShmPlane:
         """Attach as the first control process."""

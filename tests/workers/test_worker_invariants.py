@@ -230,9 +230,8 @@ def test_a_writer_killed_at_any_instruction_between_call_and_release_alters_noth
 
 def write_out(rig: Rig) -> None:
     """Drain the open ring as a successor would."""
-    consumer = rig.site.open_ring()
     stats = rig.site.pages[1].descriptor
-    drain = KERNEL.drain_tun(consumer, rig.tun_fds[0], stats=stats, offloads=NO_OFFLOADS)
+    drain = KERNEL.drain_tun(rig.site.open_end(), rig.tun_fds[0], stats=stats, offloads=NO_OFFLOADS)
     drain.drain(100)
 
 
