@@ -1,61 +1,248 @@
-//! System calls on descriptors that are borrowed and non-blocking; errors are errno values, EINTR is repeated.
+//! System calls on descriptors that are borrowed and non-blocking.
+//!
+//! ```text
+//! TUN  -> readv   -> sealer        seal ring -> drains -> send  -> UDP
+//! UDP  -> receive -> opener        open ring -> drains -> write -> TUN
+//! ```
+//!
+//! Errors are errno values; what they mean is for the caller to know. A call that a signal interrupted is made again.
+//! Nothing waits but `wait_writable` and `nap`, for as long as they are told. Knows how the kernel spells addresses and
+//! control messages; knows nothing of rings and packets.
+//!
+//! Source: as `nebula_mp.datapath.batches` and `sockaddr`: udp(7), ipv6(7), cmsg(3), eventfd(2); Linux
+//! include/uapi/linux/udp.h; RFC 4291 section 2.5.5.2 (4-in-6), RFC 4007 (scopes).
+
+use std::mem::{size_of, MaybeUninit};
+use std::ptr;
+use std::time::{Duration, Instant};
 
 use crate::tunnels::UdpAddr;
+
+/// Room for the control messages of one call: one of four bytes or less, and as much again.
+const CONTROL_BYTES: usize = 48;
+
+/// Bytes of `::ffff:` in front of an IPv4 address in an IPv6 one.
+const MAPPED: [u8; 12] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xFF, 0xFF];
 
 /// Faults that no network and no packet can cause: the descriptor, or the device behind it, is gone
 /// (EBADF, ENOTSOCK, EFAULT, EBADFD).
 pub fn is_lost(number: i32) -> bool {
-    todo!("{number}")
+    matches!(
+        number,
+        libc::EBADF | libc::ENOTSOCK | libc::EFAULT | libc::EBADFD
+    )
 }
 
-/// A kernel socket address made from ours, as `sendto` wants it.
+/// An address as the kernel spells it.
 #[derive(Clone, Copy)]
 pub struct SockAddr {
-    /// Storage for either family.
-    pub storage: libc::sockaddr_storage,
-    /// Bytes in use.
-    pub len: libc::socklen_t,
+    spelling: Spelling,
+    len: libc::socklen_t,
+}
+
+/// Either family's; all begin with the number of the family. Every byte is initialised.
+#[derive(Clone, Copy)]
+#[repr(C)]
+union Spelling {
+    family: libc::sa_family_t,
+    ipv4: libc::sockaddr_in,
+    ipv6: libc::sockaddr_in6,
 }
 
 impl SockAddr {
-    /// As `datapath.sockaddr.to_sockaddr`: for a dual-stack or an IPv4 socket; None if that cannot send there.
-    pub fn to(address: &UdpAddr, dual: bool) -> Option<Self> {
-        todo!("{address:?} {dual}")
+    const IPV4_BYTES: libc::socklen_t = size_of::<libc::sockaddr_in>() as libc::socklen_t;
+    const IPV6_BYTES: libc::socklen_t = size_of::<libc::sockaddr_in6>() as libc::socklen_t;
+
+    fn unnamed() -> Self {
+        // SAFETY: the structs consist of integers, for which zero is a value.
+        let spelling = unsafe { MaybeUninit::<Spelling>::zeroed().assume_init() };
+        Self { spelling, len: 0 }
     }
 
-    /// As `datapath.sockaddr.from_sockaddr`: 4-in-6 becomes IPv4, a link-local address keeps its scope.
-    pub fn from(&self) -> UdpAddr {
-        todo!()
+    /// As `datapath.sockaddr.to_sockaddr`: for a dual-stack or an IPv4 socket; None if that cannot send there.
+    pub fn to(address: &UdpAddr, dual: bool) -> Option<Self> {
+        let mut found = Self::unnamed();
+        if address.family == 4 && !dual {
+            found.spelling.ipv4 = libc::sockaddr_in {
+                sin_family: libc::AF_INET as libc::sa_family_t,
+                sin_port: address.port.to_be(),
+                sin_addr: libc::in_addr {
+                    s_addr: u32::from_ne_bytes([
+                        address.ip[0],
+                        address.ip[1],
+                        address.ip[2],
+                        address.ip[3],
+                    ]),
+                },
+                sin_zero: [0; 8],
+            };
+            found.len = Self::IPV4_BYTES;
+            return Some(found);
+        }
+        if !dual {
+            return None;
+        }
+        let (ip, scope) = if address.family == 4 {
+            let mut mapped = [0; 16];
+            mapped[..12].copy_from_slice(&MAPPED);
+            mapped[12..].copy_from_slice(&address.ip[..4]);
+            (mapped, 0)
+        } else {
+            (address.ip, address.scope)
+        };
+        found.spelling.ipv6 = libc::sockaddr_in6 {
+            sin6_family: libc::AF_INET6 as libc::sa_family_t,
+            sin6_port: address.port.to_be(),
+            sin6_flowinfo: 0,
+            sin6_addr: libc::in6_addr { s6_addr: ip },
+            sin6_scope_id: scope,
+        };
+        found.len = Self::IPV6_BYTES;
+        Some(found)
+    }
+
+    /// As `datapath.sockaddr.from_sockaddr`: 4-in-6 becomes IPv4, a link-local address keeps its scope. None if it
+    /// is of another family, or none at all.
+    pub fn address(&self) -> Option<UdpAddr> {
+        if self.len < size_of::<libc::sa_family_t>() as libc::socklen_t {
+            return None;
+        }
+        // SAFETY: every member begins with the family, and all bytes are initialised.
+        let family = i32::from(unsafe { self.spelling.family });
+        let mut ip = [0; 16];
+        if family == libc::AF_INET && self.len >= Self::IPV4_BYTES {
+            // SAFETY: a struct of integers in initialised bytes.
+            let it = unsafe { self.spelling.ipv4 };
+            ip[..4].copy_from_slice(&it.sin_addr.s_addr.to_ne_bytes());
+            return Some(UdpAddr {
+                ip,
+                family: 4,
+                port: u16::from_be(it.sin_port),
+                scope: 0,
+            });
+        }
+        if family != libc::AF_INET6 || self.len < Self::IPV6_BYTES {
+            return None;
+        }
+        // SAFETY: a struct of integers in initialised bytes.
+        let it = unsafe { self.spelling.ipv6 };
+        let raw = it.sin6_addr.s6_addr;
+        let is_mapped = raw[..12] == MAPPED;
+        let is_link_local = raw[0] == 0xFE && raw[1] & 0xC0 == 0x80;
+        if is_mapped {
+            ip[..4].copy_from_slice(&raw[12..]);
+        } else {
+            ip = raw;
+        }
+        Some(UdpAddr {
+            ip,
+            family: if is_mapped { 4 } else { 6 },
+            port: u16::from_be(it.sin6_port),
+            scope: if is_link_local { it.sin6_scope_id } else { 0 },
+        })
+    }
+}
+
+/// The number of the error of the call that just failed.
+fn number() -> i32 {
+    // SAFETY: the C library's errno of this thread is always readable.
+    unsafe { *libc::__errno_location() }
+}
+
+/// Make a call until no signal interrupts it; below 0 is a failure.
+#[inline]
+fn repeat(mut call: impl FnMut() -> isize) -> Result<usize, i32> {
+    loop {
+        if let Ok(result) = usize::try_from(call()) {
+            return Ok(result);
+        }
+        let error = number();
+        if error != libc::EINTR {
+            return Err(error);
+        }
+    }
+}
+
+/// Wait for `events`, at most `limit_ms`; whether there was any, or an error, which the next call will show.
+fn wait(descriptor: i32, events: i16, limit_ms: i32) -> bool {
+    let mut left_ms = limit_ms;
+    let begun = (limit_ms > 0).then(Instant::now);
+    loop {
+        let mut source = libc::pollfd {
+            fd: descriptor,
+            events,
+            revents: 0,
+        };
+        // SAFETY: one pollfd, ours.
+        let found = unsafe { libc::poll(&raw mut source, 1, left_ms) };
+        if found >= 0 {
+            return found > 0;
+        }
+        if number() != libc::EINTR {
+            return false;
+        }
+        if let Some(begun) = begun {
+            let passed = i32::try_from(begun.elapsed().as_millis()).unwrap_or(i32::MAX);
+            left_ms = limit_ms.saturating_sub(passed).max(0);
+        }
     }
 }
 
 /// Whether a descriptor is readable now.
 pub fn is_readable(descriptor: i32) -> bool {
-    todo!("{descriptor}")
+    wait(descriptor, libc::POLLIN, 0)
 }
 
-/// Wait until a descriptor takes more; whether it does.
+/// Wait until a descriptor takes more, at most `limit_ms`; whether it does.
 pub fn wait_writable(descriptor: i32, limit_ms: i32) -> bool {
-    todo!("{descriptor} {limit_ms}")
+    wait(descriptor, libc::POLLOUT, limit_ms)
 }
 
-/// Whether a UDP socket is of AF_INET6.
+/// Whether a socket is of AF_INET6.
 pub fn is_ipv6_socket(descriptor: i32) -> Result<bool, i32> {
-    todo!("{descriptor}")
+    let mut domain: libc::c_int = 0;
+    let mut size = size_of::<libc::c_int>() as libc::socklen_t;
+    repeat(|| {
+        // SAFETY: an int, and its size.
+        let result = unsafe {
+            libc::getsockopt(
+                descriptor,
+                libc::SOL_SOCKET,
+                libc::SO_DOMAIN,
+                (&raw mut domain).cast(),
+                &raw mut size,
+            )
+        };
+        result as isize
+    })?;
+    Ok(domain == libc::AF_INET6)
 }
 
-/// `readv` into `buffers`.
-pub fn readv(descriptor: i32, buffers: &mut [libc::iovec]) -> Result<usize, i32> {
-    todo!("{descriptor} {}", buffers.len())
+/// `read` into one buffer.
+pub fn read(descriptor: i32, buffer: &mut [u8]) -> Result<usize, i32> {
+    // SAFETY: the buffer is borrowed for the call.
+    repeat(|| unsafe { libc::read(descriptor, buffer.as_mut_ptr().cast(), buffer.len()) })
+}
+
+/// `readv` into `buffers`, of which there are at most 1024.
+///
+/// # Safety
+///
+/// Each of them is memory that may be written, and that nobody else uses during the call.
+pub unsafe fn readv(descriptor: i32, buffers: &[libc::iovec]) -> Result<usize, i32> {
+    debug_assert!(buffers.len() <= 1024);
+    // SAFETY: by our own contract.
+    repeat(|| unsafe { libc::readv(descriptor, buffers.as_ptr(), buffers.len() as libc::c_int) })
 }
 
 /// `write` of one buffer.
 pub fn write(descriptor: i32, data: &[u8]) -> Result<usize, i32> {
-    todo!("{descriptor} {}", data.len())
+    // SAFETY: the data is borrowed for the call.
+    repeat(|| unsafe { libc::write(descriptor, data.as_ptr().cast(), data.len()) })
 }
 
-/// What one `recvmsg` gave: `bytes` of datagrams of `stride` bytes each (the last may be shorter), from `source`.
-#[derive(Clone, Copy)]
+/// What one `receive` gave: `bytes` of datagrams of `stride` bytes each, but the last may be shorter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Received {
     /// All bytes.
     pub bytes: usize,
@@ -67,22 +254,377 @@ pub struct Received {
     pub source: UdpAddr,
 }
 
-/// `recvmsg` with the UDP_GRO control message.
+/// Aligned for `cmsghdr`.
+#[repr(C, align(8))]
+struct Control([u8; CONTROL_BYTES]);
+
+/// Take what comes next: a datagram, or several of one sender's that the kernel has joined (UDP_GRO). With EAGAIN
+/// there is nothing; with ENOTSOCK it was no UDP socket, of which every datagram has a sender.
 pub fn receive(descriptor: i32, buffer: &mut [u8]) -> Result<Received, i32> {
-    todo!("{descriptor} {}", buffer.len())
+    let mut source = SockAddr::unnamed();
+    let mut control = Control([0; CONTROL_BYTES]);
+    let mut part = libc::iovec {
+        iov_base: buffer.as_mut_ptr().cast(),
+        iov_len: buffer.len(),
+    };
+    // SAFETY: integers and pointers, for which zero is a value.
+    let mut message = unsafe { MaybeUninit::<libc::msghdr>::zeroed().assume_init() };
+    message.msg_name = (&raw mut source.spelling).cast();
+    message.msg_iov = &raw mut part;
+    message.msg_iovlen = 1;
+    message.msg_control = (&raw mut control).cast();
+    let bytes = repeat(|| {
+        message.msg_namelen = size_of::<Spelling>() as libc::socklen_t;
+        message.msg_controllen = CONTROL_BYTES;
+        // SAFETY: everything the message points to is ours, as long as it says, and outlives the call.
+        unsafe { libc::recvmsg(descriptor, &raw mut message, libc::MSG_DONTWAIT) }
+    })?;
+    // More than we have room for is said to have been there: no address of UDP.
+    source.len = if message.msg_namelen as usize <= size_of::<Spelling>() {
+        message.msg_namelen
+    } else {
+        0
+    };
+    let mut stride = bytes;
+    if message.msg_controllen > 0 {
+        if let Some(found) = joined_bytes(&message) {
+            stride = found;
+        }
+    }
+    Ok(Received {
+        bytes: bytes.min(buffer.len()),
+        stride: if 0 < stride && stride < bytes {
+            stride
+        } else {
+            bytes
+        },
+        is_cut: message.msg_flags & libc::MSG_TRUNC != 0,
+        source: source.address().ok_or(libc::ENOTSOCK)?,
+    })
 }
 
-/// `sendmsg` of `data` to `target`, cut by the kernel every `segment` bytes if that is given (UDP_SEGMENT).
+/// The size of the datagrams that were joined, if the kernel states one.
+fn joined_bytes(message: &libc::msghdr) -> Option<usize> {
+    let mut found = None;
+    // SAFETY: the kernel has filled `msg_controllen` bytes of an aligned buffer, which the macros do not leave; the data
+    // of a message need not be aligned.
+    unsafe {
+        let mut at = libc::CMSG_FIRSTHDR(message);
+        while !at.is_null() {
+            let header = ptr::read(at);
+            let is_whole = header.cmsg_len >= libc::CMSG_LEN(4) as usize;
+            if header.cmsg_level == libc::SOL_UDP && header.cmsg_type == libc::UDP_GRO && is_whole {
+                let value = ptr::read_unaligned(libc::CMSG_DATA(at).cast::<libc::c_int>());
+                found = Some(usize::try_from(value).unwrap_or(0));
+            }
+            at = libc::CMSG_NXTHDR(message, at);
+        }
+    }
+    found
+}
+
+/// Send `data` to `target`: as one datagram, or cut by the kernel every `segment` bytes (UDP_SEGMENT).
 pub fn send(
     descriptor: i32,
     data: &[u8],
     target: &SockAddr,
     segment: Option<u16>,
 ) -> Result<(), i32> {
-    todo!("{descriptor} {} {} {segment:?}", data.len(), target.len)
+    let name: *const Spelling = &raw const target.spelling;
+    let Some(segment) = segment else {
+        repeat(|| {
+            // SAFETY: data and address are borrowed for the call, and as long as it is told.
+            unsafe {
+                libc::sendto(
+                    descriptor,
+                    data.as_ptr().cast(),
+                    data.len(),
+                    libc::MSG_DONTWAIT,
+                    name.cast(),
+                    target.len,
+                )
+            }
+        })?;
+        return Ok(());
+    };
+    let mut control = Control([0; CONTROL_BYTES]);
+    let mut part = libc::iovec {
+        iov_base: data.as_ptr().cast_mut().cast(),
+        iov_len: data.len(),
+    };
+    // SAFETY: integers and pointers, for which zero is a value.
+    let mut message = unsafe { MaybeUninit::<libc::msghdr>::zeroed().assume_init() };
+    message.msg_name = name.cast_mut().cast();
+    message.msg_namelen = target.len;
+    message.msg_iov = &raw mut part;
+    message.msg_iovlen = 1;
+    message.msg_control = (&raw mut control).cast();
+    // SAFETY: only calculates.
+    message.msg_controllen = unsafe { libc::CMSG_SPACE(2) } as usize;
+    // SAFETY: the control buffer is aligned and has room for one message of two bytes; the data need not be aligned.
+    unsafe {
+        let header = libc::CMSG_FIRSTHDR(&raw const message);
+        (*header).cmsg_level = libc::SOL_UDP;
+        (*header).cmsg_type = libc::UDP_SEGMENT;
+        (*header).cmsg_len = libc::CMSG_LEN(2) as usize;
+        ptr::write_unaligned(libc::CMSG_DATA(header).cast::<u16>(), segment);
+    }
+    // SAFETY: everything the message points to outlives the call, which only reads it.
+    repeat(|| unsafe { libc::sendmsg(descriptor, &raw const message, libc::MSG_DONTWAIT) })?;
+    Ok(())
 }
 
-/// Wake whoever waits on an eventfd.
+/// Wake whoever waits on an eventfd. Rung 2^64 - 2 times already, it wakes anyway; another failure is not possible on
+/// a descriptor that is one.
 pub fn ring_bell(descriptor: i32) {
-    todo!("{descriptor}")
+    let _ = write(descriptor, &1_u64.to_ne_bytes());
+}
+
+/// Sleep for so long, or until a signal. At least that long unless the thread's timer slack was reduced: with the 50 us
+/// that are usual 50 us become 110.
+pub fn nap(time: Duration) {
+    let request = libc::timespec {
+        tv_sec: libc::time_t::try_from(time.as_secs()).unwrap_or(libc::time_t::MAX),
+        tv_nsec: libc::c_long::from(time.subsec_nanos() as i32),
+    };
+    // SAFETY: a timespec, and nowhere to write what is left.
+    unsafe { libc::nanosleep(&raw const request, ptr::null_mut()) };
+}
+
+#[cfg(all(test, not(miri)))]
+mod tests {
+    use super::*;
+    use std::net::UdpSocket;
+    use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+    fn ipv4(ip: [u8; 4], port: u16) -> UdpAddr {
+        let mut wide = [0; 16];
+        wide[..4].copy_from_slice(&ip);
+        UdpAddr {
+            ip: wide,
+            family: 4,
+            port,
+            scope: 0,
+        }
+    }
+
+    fn ipv6(text: &str, port: u16, scope: u32) -> UdpAddr {
+        let ip: std::net::Ipv6Addr = text.parse().unwrap();
+        UdpAddr {
+            ip: ip.octets(),
+            family: 6,
+            port,
+            scope,
+        }
+    }
+
+    fn pair(at: &str) -> (UdpSocket, UdpSocket) {
+        let sockets = (UdpSocket::bind(at).unwrap(), UdpSocket::bind(at).unwrap());
+        sockets.0.set_nonblocking(true).unwrap();
+        sockets.1.set_nonblocking(true).unwrap();
+        sockets
+    }
+
+    fn address_of(socket: &UdpSocket) -> UdpAddr {
+        match socket.local_addr().unwrap() {
+            std::net::SocketAddr::V4(it) => ipv4(it.ip().octets(), it.port()),
+            std::net::SocketAddr::V6(it) => ipv6(&it.ip().to_string(), it.port(), it.scope_id()),
+        }
+    }
+
+    fn set_gro(socket: &UdpSocket) {
+        let on: libc::c_int = 1;
+        // SAFETY: an int, and its size.
+        let result = unsafe {
+            libc::setsockopt(
+                socket.as_raw_fd(),
+                libc::SOL_UDP,
+                libc::UDP_GRO,
+                (&raw const on).cast(),
+                4,
+            )
+        };
+        assert_eq!(result, 0);
+    }
+
+    #[test]
+    fn an_address_comes_back_as_it_was_spelled() {
+        for (address, dual) in [
+            (ipv4([192, 0, 2, 1], 4242), false),
+            (ipv4([192, 0, 2, 1], 4242), true),
+            (ipv6("2001:db8::1", 1, 0), true),
+            (ipv6("fe80::1", 65_535, 3), true),
+        ] {
+            let spelled = SockAddr::to(&address, dual).unwrap();
+            assert_eq!(spelled.address(), Some(address));
+            let bytes = if dual { 28 } else { 16 };
+            assert_eq!(spelled.len, bytes);
+        }
+    }
+
+    #[test]
+    fn an_ipv4_socket_cannot_send_to_ipv6() {
+        assert!(SockAddr::to(&ipv6("2001:db8::1", 1, 0), false).is_none());
+    }
+
+    #[test]
+    fn only_a_link_local_address_has_a_scope() {
+        let spelled = SockAddr::to(&ipv6("2001:db8::1", 1, 7), true).unwrap();
+        assert_eq!(spelled.address(), Some(ipv6("2001:db8::1", 1, 0)));
+    }
+
+    #[test]
+    fn what_the_kernel_did_not_name_has_no_address() {
+        assert_eq!(SockAddr::unnamed().address(), None);
+    }
+
+    #[test]
+    fn a_datagram_arrives_with_its_sender() {
+        for at in ["127.0.0.1:0", "[::1]:0"] {
+            let (near, far) = pair(at);
+            let dual = is_ipv6_socket(near.as_raw_fd()).unwrap();
+            assert_eq!(dual, at.starts_with('['));
+            let target = SockAddr::to(&address_of(&far), dual).unwrap();
+            send(near.as_raw_fd(), b"hello", &target, None).unwrap();
+
+            let mut buffer = [0; 64];
+            assert!(is_readable(far.as_raw_fd()));
+            let found = receive(far.as_raw_fd(), &mut buffer).unwrap();
+
+            assert_eq!(&buffer[..5], b"hello");
+            let expected = Received {
+                bytes: 5,
+                stride: 5,
+                is_cut: false,
+                source: address_of(&near),
+            };
+            assert_eq!(found, expected);
+            assert!(!is_readable(far.as_raw_fd()));
+            assert_eq!(receive(far.as_raw_fd(), &mut buffer), Err(libc::EAGAIN));
+        }
+    }
+
+    #[test]
+    fn a_train_is_cut_by_the_kernel_and_joined_where_the_receiver_asks_for_it() {
+        let (near, far) = pair("127.0.0.1:0");
+        let target = SockAddr::to(&address_of(&far), false).unwrap();
+        let train: Vec<u8> = (0..250).collect();
+        let mut buffer = [0; 2048];
+
+        send(near.as_raw_fd(), &train, &target, Some(100)).unwrap();
+        for piece in train.chunks(100) {
+            let found = receive(far.as_raw_fd(), &mut buffer).unwrap();
+            assert_eq!((found.bytes, found.stride), (piece.len(), piece.len()));
+            assert_eq!(&buffer[..found.bytes], piece);
+        }
+
+        set_gro(&far);
+        send(near.as_raw_fd(), &train, &target, Some(100)).unwrap();
+        let found = receive(far.as_raw_fd(), &mut buffer).unwrap();
+        assert_eq!((found.bytes, found.stride, found.is_cut), (250, 100, false));
+        assert_eq!(&buffer[..250], &train[..]);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_said_to_be_cut() {
+        let (near, far) = pair("127.0.0.1:0");
+        let target = SockAddr::to(&address_of(&far), false).unwrap();
+        let mut buffer = [0; 8];
+
+        send(near.as_raw_fd(), &[1; 9], &target, None).unwrap();
+        let found = receive(far.as_raw_fd(), &mut buffer).unwrap();
+        assert_eq!((found.bytes, found.is_cut), (8, true));
+
+        send(near.as_raw_fd(), &[1; 8], &target, None).unwrap();
+        let found = receive(far.as_raw_fd(), &mut buffer).unwrap();
+        assert_eq!((found.bytes, found.is_cut), (8, false));
+    }
+
+    #[test]
+    fn an_empty_datagram_is_one() {
+        let (near, far) = pair("127.0.0.1:0");
+        let target = SockAddr::to(&address_of(&far), false).unwrap();
+        send(near.as_raw_fd(), &[], &target, None).unwrap();
+
+        let found = receive(far.as_raw_fd(), &mut [0; 8]).unwrap();
+
+        assert_eq!((found.bytes, found.stride), (0, 0));
+    }
+
+    #[test]
+    fn reads_and_writes_give_the_kernels_numbers() {
+        assert_eq!(write(-1, b"x"), Err(libc::EBADF));
+        assert_eq!(read(-1, &mut [0]), Err(libc::EBADF));
+        assert_eq!(receive(-1, &mut [0]), Err(libc::EBADF));
+        assert_eq!(is_ipv6_socket(-1), Err(libc::EBADF));
+        let (near, _) = pair("127.0.0.1:0");
+        let target = SockAddr::to(&ipv4([127, 0, 0, 1], 9), false).unwrap();
+        let huge = vec![0; 65_508];
+        let refused = send(near.as_raw_fd(), &huge, &target, None);
+        assert_eq!(refused, Err(libc::EMSGSIZE));
+        assert!(is_lost(libc::EBADF) && is_lost(libc::EBADFD) && !is_lost(libc::EIO));
+    }
+
+    #[test]
+    fn a_read_is_scattered_in_order() {
+        let (near, far) = pair("127.0.0.1:0");
+        let target = SockAddr::to(&address_of(&far), false).unwrap();
+        send(near.as_raw_fd(), b"abcdef", &target, None).unwrap();
+        let (mut first, mut second) = ([0_u8; 2], [0_u8; 8]);
+        let parts = [
+            libc::iovec {
+                iov_base: first.as_mut_ptr().cast(),
+                iov_len: 2,
+            },
+            libc::iovec {
+                iov_base: second.as_mut_ptr().cast(),
+                iov_len: 8,
+            },
+        ];
+
+        // SAFETY: two arrays of this test's.
+        let found = unsafe { readv(far.as_raw_fd(), &parts) };
+
+        assert_eq!(found, Ok(6));
+        assert_eq!((&first, &second[..4]), (b"ab", &b"cdef"[..]));
+    }
+
+    #[test]
+    fn a_bell_that_was_rung_is_readable() {
+        // SAFETY: gives a new descriptor, which is nobody else's.
+        let bell = unsafe { OwnedFd::from_raw_fd(libc::eventfd(0, libc::EFD_NONBLOCK)) };
+        assert!(!is_readable(bell.as_raw_fd()));
+
+        ring_bell(bell.as_raw_fd());
+        ring_bell(bell.as_raw_fd());
+
+        let mut count = [0; 8];
+        assert_eq!(read(bell.as_raw_fd(), &mut count), Ok(8));
+        assert_eq!(u64::from_ne_bytes(count), 2);
+    }
+
+    #[test]
+    fn a_wait_for_room_ends_with_its_time_or_with_room() {
+        let (near, _) = pair("127.0.0.1:0");
+        assert!(wait_writable(near.as_raw_fd(), 1000));
+        // SAFETY: gives a new descriptor, which is nobody else's; full from the beginning.
+        let full = unsafe { OwnedFd::from_raw_fd(libc::eventfd(0, libc::EFD_NONBLOCK)) };
+        assert_eq!(
+            write(full.as_raw_fd(), &(u64::MAX - 1).to_ne_bytes()),
+            Ok(8)
+        );
+        let begun = Instant::now();
+
+        assert!(!wait_writable(full.as_raw_fd(), 10));
+
+        let passed = begun.elapsed();
+        assert!(passed >= Duration::from_millis(10) && passed < Duration::from_secs(5));
+    }
+
+    #[test]
+    fn a_nap_lasts_at_least_as_long_as_was_asked_for() {
+        let begun = Instant::now();
+        nap(Duration::from_micros(50));
+        assert!(begun.elapsed() >= Duration::from_micros(50));
+    }
 }
