@@ -58,6 +58,12 @@ impl Filler {
         todo!()
     }
 
+    /// Whether there is a further area behind the one that is, or would be, filled.
+    pub fn has_spare(&mut self) -> Result<bool> {
+        let areas = self.producer.geometry().areas as u64;
+        Ok(self.producer.waiting()? + 1 < areas)
+    }
+
     /// Areas that were published and not released.
     pub fn waiting(&mut self) -> Result<u64> {
         self.producer.waiting()

@@ -1,14 +1,44 @@
 //! UDP socket -> tunnel, window, key -> opened into the open ring; as `nebula_mp.datapath.opening`.
+//!
+//! ```text
+//! UDP | another reader's strangers -> [Opener] -> delivery -> open ring -> drains::TunDrain
+//!                                              -> upcall ring -> control
+//!                                              -> stranger ring -> the owner of the tunnel
+//! ```
+//!
+//! Knows the order of the checks, of which the first that fails gives a datagram its one reason; decides nothing.
+//! Source: docs/wire-format.md, "Packet header" and "Replay window"; docs/architecture.md, "Steering"; udp(7) and
+//! Linux net/ipv4/udp_offload.c (UDP_GRO): what one call gives are datagrams of one size, the last may be shorter.
+//!
+//! Nothing that is not authentic changes anything: the window moves after the tag was found right, and what was
+//! forged is opened into bytes that nobody else reads and that are zeros afterwards. An authentic packet from
+//! another address than the tunnel's is delivered as any other, and control is told of the address: so no packet
+//! overtakes another, or is lost, while a peer moves.
+//!
+//! Datagrams of one batch that follow each other with the same type and index are handled together: tunnel, window
+//! and sender are looked up once, traffic is counted once, and control is told once that the peer has moved.
 
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use crate::error::Result;
+use crate::delivery::{Delivery, Desk};
+use crate::error::{Fault, Result};
 use crate::filler::Filler;
+use crate::header::{
+    index_and_counter, kind, DATAGRAM_BYTES_MAX, HANDSHAKE, HEADER_BYTES, MESSAGE, MESSAGE_RELAY,
+    OVERHEAD_BYTES, RECV_ERROR, TAG_BYTES, VERSION,
+};
+use crate::replay::Refused;
 use crate::ring::Consumer;
 use crate::sealer::Shared;
-use crate::upcalls::Strangers;
+use crate::sys;
+use crate::tunnels::{Tunnel, TunnelState, UdpAddr};
+use crate::upcalls::{parse_record, Arrival, Reason, Strangers, RECORD_BYTES};
 use crate::windows::ReceiveWindows;
+
+/// The most that one call gives.
+const BATCH_BYTES_MAX: usize = 65_536;
+const PUNCH_BYTES_MAX: usize = 1;
 
 /// Which superpackets the TUN device takes, and how datagrams come.
 #[derive(Debug, Clone, Copy)]
@@ -30,13 +60,33 @@ impl Offloads {
 /// A network inside the overlay: address (IPv4 in the first 4 bytes), family 4 or 6, bits.
 pub type Network = ([u8; 16], u8, u8);
 
+/// Whether an address lies in a network.
+fn contains(network: &Network, address: &UdpAddr) -> bool {
+    let (base, family, bits) = network;
+    let of_family = if *family == 4 { 32 } else { 128 };
+    let bits = u32::from(*bits).min(of_family);
+    // IPv4 addresses are the upper bits, with zeros behind.
+    let mask = u128::MAX.checked_shl(128 - bits).unwrap_or(0);
+    let differing = u128::from_be_bytes(*base) ^ u128::from_be_bytes(address.ip);
+    *family == address.family && differing & mask == 0
+}
+
 /// The inbound half of a reader.
 pub struct Opener {
-    _todo: (),
+    udp_fd: i32,
+    batch: Vec<u8>,
+    /// How much of `batch` a call may fill.
+    room: usize,
+    overlay: Vec<Network>,
+    /// The last sender, and whether it lies inside the overlay.
+    known: Option<(UdpAddr, bool)>,
+    strangers_in: Vec<Consumer>,
+    inbound: Inbound,
+    shared: Rc<RefCell<Shared>>,
 }
 
 impl Opener {
-    /// As `PythonOpener`.
+    /// As `PythonOpener`. `overlay`: datagrams from these networks have looped.
     #[allow(clippy::too_many_arguments)]
     pub fn new(
         udp_fd: i32,
@@ -49,27 +99,369 @@ impl Opener {
         shared: Rc<RefCell<Shared>>,
         offloads: Offloads,
     ) -> Self {
-        let _ = (
+        // Without UDP_GRO a larger datagram is cut there, since it is refused for its size whatever it has.
+        let room = if offloads.udp_gro {
+            BATCH_BYTES_MAX
+        } else {
+            DATAGRAM_BYTES_MAX + 1
+        };
+        Self {
             udp_fd,
-            worker,
-            filler,
-            windows,
-            strangers,
-            strangers_in,
+            batch: vec![0; BATCH_BYTES_MAX],
+            room,
             overlay,
+            known: None,
+            strangers_in,
+            inbound: Inbound {
+                worker,
+                windows,
+                strangers,
+                delivery: Delivery::new(filler, offloads),
+                message: vec![0; RECORD_BYTES + DATAGRAM_BYTES_MAX + 1],
+            },
             shared,
-            offloads,
-        );
-        todo!()
+        }
     }
 
-    /// As `api.Opener.poll`.
+    /// As `api.Opener.poll`; `now_us` is the monotonic clock.
     pub fn poll(&mut self, budget: usize, now_us: u64) -> Result<usize> {
-        todo!("{budget} {now_us}")
+        let now_ms = now_us / 1000;
+        let shared = Rc::clone(&self.shared);
+        let shared = &mut *shared.borrow_mut();
+        let mut taken = self.poll_strangers(budget, now_ms, shared)?;
+        let (mut packets, mut bytes) = (0, 0);
+        let mut lost = None;
+        while taken < budget {
+            let received = match sys::receive(self.udp_fd, &mut self.batch[..self.room]) {
+                Ok(received) => received,
+                Err(libc::EAGAIN) => break,
+                Err(number) if sys::is_lost(number) => {
+                    lost = Some(number);
+                    break;
+                }
+                Err(_) => {
+                    // Counts as one, so that a flood of them cannot hold the loop.
+                    shared.stats.add(shared.stats.slots.rx_icmp, 1);
+                    taken += 1;
+                    continue;
+                }
+            };
+            let size = received.bytes.min(self.room);
+            let stride = match received.stride {
+                stride if 0 < stride && stride < size => stride,
+                _ => size,
+            };
+            let count = size.div_ceil(stride.max(1)).max(1);
+            taken += count;
+            packets += count as u64;
+            bytes += size as u64;
+            if received.is_cut {
+                // By a kernel that joins more than it says.
+                let slot = shared.stats.slots.drop_oversize;
+                shared.stats.add(slot, count as u64);
+                continue;
+            }
+            let source = self.judge_source(&received.source);
+            let batch = &self.batch[..size];
+            self.inbound.take(batch, stride, source, now_ms, shared)?;
+        }
+        self.inbound.delivery.flush();
+        shared.upcalls.flush();
+        self.inbound.strangers.flush();
+        if packets > 0 {
+            let slot = shared.stats.slots.udp_rx_packets;
+            shared.stats.add_traffic(slot, packets, bytes);
+        }
+        match lost {
+            Some(number) => Err(Fault::Lost(number)),
+            None => Ok(taken),
+        }
     }
 
     /// As `api.Opener.waiting`.
     pub fn waiting(&mut self) -> Result<u64> {
-        todo!()
+        self.inbound.delivery.waiting()
+    }
+
+    /// The sender, or None if it lies inside the overlay: then the datagram has looped.
+    fn judge_source(&mut self, source: &UdpAddr) -> Option<UdpAddr> {
+        let has_looped = match &self.known {
+            Some((known, has_looped)) if known == source => *has_looped,
+            _ => {
+                let found = self.overlay.iter().any(|each| contains(each, source));
+                self.known = Some((*source, found));
+                found
+            }
+        };
+        (!has_looped).then_some(*source)
+    }
+
+    /// Take what other readers, and control, handed to us, whole areas at a time.
+    fn poll_strangers(&mut self, budget: usize, now_ms: u64, shared: &mut Shared) -> Result<usize> {
+        let mut taken = 0;
+        for ring in &mut self.strangers_in {
+            while taken < budget && ring.pending()? > 0 {
+                for number in ring.load()?..ring.len() {
+                    let (_, data) = ring.entry(number);
+                    // A copy: another process could still write there. One byte too many is too many.
+                    let length = data.len().min(RECORD_BYTES + DATAGRAM_BYTES_MAX + 1);
+                    let copy = &mut self.batch[..length];
+                    copy.copy_from_slice(&data[..length]);
+                    let (source, datagram) = parse_record(copy)?;
+                    self.inbound
+                        .take(datagram, datagram.len(), source, now_ms, shared)?;
+                    taken += 1;
+                }
+                ring.release()?;
+            }
+        }
+        Ok(taken)
+    }
+}
+
+/// What an opener needs for a datagram, wherever it came from.
+struct Inbound {
+    worker: u16,
+    windows: ReceiveWindows,
+    strangers: Strangers,
+    delivery: Delivery,
+    /// Where messages are opened that go up.
+    message: Vec<u8>,
+}
+
+/// A batch from one datagram on, and how it came.
+#[derive(Clone, Copy)]
+struct Rest<'a> {
+    bytes: &'a [u8],
+    stride: usize,
+}
+
+impl<'a> Rest<'a> {
+    fn first(&self) -> &'a [u8] {
+        &self.bytes[..self.stride.min(self.bytes.len())]
+    }
+
+    fn skip(&mut self) {
+        self.bytes = &self.bytes[self.stride.min(self.bytes.len())..];
+    }
+}
+
+impl Inbound {
+    /// See to it that each datagram is opened, handed over or counted; `source` is None if they have looped.
+    ///
+    /// They have `stride` bytes each, which is 0 for nothing but an empty one.
+    fn take(
+        &mut self,
+        bytes: &[u8],
+        stride: usize,
+        source: Option<UdpAddr>,
+        now_ms: u64,
+        shared: &mut Shared,
+    ) -> Result<()> {
+        let mut rest = Rest { bytes, stride };
+        loop {
+            self.handle(&mut rest, source, now_ms, shared)?;
+            if rest.bytes.is_empty() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Do so for the next datagram, or for several that are of one kind and for one tunnel.
+    fn handle(
+        &mut self,
+        rest: &mut Rest<'_>,
+        source: Option<UdpAddr>,
+        now_ms: u64,
+        shared: &mut Shared,
+    ) -> Result<()> {
+        let datagram = rest.first();
+        let slots = &shared.stats.slots;
+        let size = datagram.len();
+        if size > DATAGRAM_BYTES_MAX {
+            shared.stats.add(slots.drop_oversize, 1);
+            rest.skip();
+            return Ok(());
+        }
+        let header = datagram.first_chunk::<HEADER_BYTES>();
+        let mut known = None;
+        if size > PUNCH_BYTES_MAX {
+            let refused = match header {
+                None => Some(slots.drop_short),
+                Some([first, subtype, ..]) => match kind(*first, *subtype) {
+                    Some(kind) => {
+                        known = Some((kind, *subtype));
+                        None
+                    }
+                    None if first >> 4 == VERSION => Some(slots.drop_type),
+                    None => Some(slots.drop_version),
+                },
+            };
+            if let Some(slot) = refused {
+                shared.stats.add(slot, 1);
+                rest.skip();
+                return Ok(());
+            }
+        }
+        let Some(source) = source else {
+            shared.stats.add(slots.drop_looped, 1);
+            rest.skip();
+            return Ok(());
+        };
+        let (kind, subtype) = known.unwrap_or((0, 0));
+        let arrival = Arrival {
+            source,
+            kind,
+            subtype,
+            at_ms: now_ms,
+        };
+        let is_relay = (kind, subtype) == (MESSAGE, MESSAGE_RELAY);
+        let header = match header {
+            Some(header) if kind != HANDSHAKE && kind != RECV_ERROR && !is_relay => header,
+            _ => {
+                self.delivery.settle(); // what came earlier goes up earlier
+                shared.upcalls.raw(Reason::Datagram, &arrival, datagram)?;
+                rest.skip();
+                return Ok(());
+            }
+        };
+        let (index, _) = index_and_counter(header);
+        let desk = &mut Desk {
+            flows: &mut shared.flows,
+            upcalls: &mut shared.upcalls,
+            stats: &shared.stats,
+        };
+        match shared.tunnels.get(index)? {
+            None => {
+                self.delivery.settle(); // as above
+                desk.upcalls.raw(Reason::UnknownIndex, &arrival, datagram)?;
+                rest.skip();
+            }
+            Some(tunnel) if tunnel.owner != self.worker => {
+                self.strangers.push(tunnel.owner, &arrival, datagram)?;
+                rest.skip();
+            }
+            Some(tunnel) => {
+                let (packets, bytes) = self.open_all(rest, header, tunnel, &arrival, desk)?;
+                if packets > 0 {
+                    let generation = tunnel.generation;
+                    let row = tunnel.row();
+                    shared
+                        .traffic
+                        .received(row, generation, packets, bytes, now_ms);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Open messages of a tunnel that is ours, as long as they have the type and index of the first, whose header
+    /// this is. Gives how many were authentic, and their bytes.
+    fn open_all(
+        &mut self,
+        rest: &mut Rest<'_>,
+        first: &[u8; HEADER_BYTES],
+        tunnel: &Tunnel,
+        arrival: &Arrival,
+        desk: &mut Desk<'_>,
+    ) -> Result<(u64, u64)> {
+        let Self {
+            windows,
+            delivery,
+            message,
+            ..
+        } = self;
+        let slots = &desk.stats.slots;
+        let window = windows.get(tunnel.row(), tunnel.generation);
+        let is_proven = tunnel.state == TunnelState::Proven;
+        let is_packet = arrival.kind == MESSAGE;
+        if is_packet && is_proven {
+            delivery.enter(tunnel, &arrival.source);
+        } else {
+            delivery.settle(); // what came earlier goes up earlier
+        }
+        let mut has_moved = is_packet && is_proven && tunnel.underlay != Some(arrival.source);
+        let (mut packets, mut bytes) = (0, 0);
+        while !rest.bytes.is_empty() {
+            let datagram = rest.first();
+            let Some((header, sealed)) = datagram.split_first_chunk::<HEADER_BYTES>() else {
+                break; // the last one, which has its own reason
+            };
+            if header[..2] != first[..2] || header[4..8] != first[4..8] {
+                break;
+            }
+            let left = rest.bytes.len().div_ceil(rest.stride);
+            rest.skip();
+            let (_, counter) = index_and_counter(header);
+            if datagram.len() < OVERHEAD_BYTES {
+                desk.stats.add(slots.drop_truncated, 1);
+                continue;
+            }
+            let Some(window) = &window else {
+                // The row has a later tunnel, and this one ended.
+                desk.stats.add(slots.drop_unknown_index, 1);
+                continue;
+            };
+            match window.check(counter) {
+                Ok(()) => {}
+                Err(Refused::Old) => {
+                    desk.stats.add(slots.drop_old, 1);
+                    continue;
+                }
+                Err(Refused::Seen) => {
+                    desk.stats.add(slots.drop_replay, 1);
+                    continue;
+                }
+            }
+            let size = sealed.len() - TAG_BYTES;
+            let out = if is_packet {
+                if !delivery.fits(size) {
+                    desk.stats.add(slots.drop_oversize, 1);
+                    continue;
+                }
+                match delivery.try_place(size, left)? {
+                    Some(place) => place,
+                    None => {
+                        // Before it is opened: the window has not moved.
+                        desk.stats.add(slots.ring_full_open, 1);
+                        continue;
+                    }
+                }
+            } else {
+                &mut message[..size]
+            };
+            let opened = tunnel.receive.open_separate(counter, header, sealed, out);
+            if opened.is_err() {
+                if is_packet {
+                    delivery.give_back();
+                }
+                desk.stats.add(slots.drop_auth, 1);
+                continue;
+            }
+            window.update(counter);
+            packets += 1;
+            bytes += datagram.len() as u64;
+            if is_packet && is_proven {
+                if has_moved {
+                    has_moved = false;
+                    desk.upcalls.moved(arrival, tunnel.local_index)?;
+                }
+                delivery.take(tunnel, arrival, desk)?;
+                continue;
+            }
+            let reason = if is_proven {
+                Reason::Message
+            } else {
+                Reason::First
+            };
+            let content = if is_packet {
+                delivery.placed()
+            } else {
+                &message[..size]
+            };
+            desk.upcalls
+                .opened(reason, arrival, tunnel.local_index, content)?;
+        }
+        Ok((packets, bytes))
     }
 }
