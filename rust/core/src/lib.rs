@@ -32,6 +32,8 @@ pub mod sealer;
 pub mod segment;
 pub mod stats;
 pub mod sys;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod tunnels;
 pub mod upcalls;
 pub mod virtio;
