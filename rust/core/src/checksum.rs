@@ -52,20 +52,32 @@ fn long(data: &[u8]) -> u64 {
     portable(data)
 }
 
-/// Sum of words in the order of this machine, not folded. It is below 2^48 for less than 256 KiB.
+/// Sum of words in the order of this machine; below 2^34, so that it may be added to others.
 #[inline]
 fn portable(data: &[u8]) -> u64 {
-    let mut words = data.chunks_exact(4);
+    let mut words = data.chunks_exact(8);
     let mut sum: u64 = 0;
     for word in &mut words {
-        sum += u64::from(u32::from_ne_bytes([word[0], word[1], word[2], word[3]]));
+        let mut bytes = [0; 8];
+        bytes.copy_from_slice(word);
+        // A carry is 2^64, which is 1 modulo 65535 too.
+        let (added, carry) = sum.overflowing_add(u64::from_ne_bytes(bytes));
+        sum = added + u64::from(carry);
     }
-    sum + match *words.remainder() {
-        [a] => u64::from(u16::from_ne_bytes([a, 0])),
-        [a, b] => u64::from(u16::from_ne_bytes([a, b])),
-        [a, b, c] => u64::from(u16::from_ne_bytes([a, b])) + u64::from(u16::from_ne_bytes([c, 0])),
-        _ => 0,
+    sum = (sum & 0xFFFF_FFFF) + (sum >> 32);
+    let mut rest = words.remainder();
+    if let Some((&[a, b, c, d], behind)) = rest.split_first_chunk() {
+        sum += u64::from(u32::from_ne_bytes([a, b, c, d]));
+        rest = behind;
     }
+    if let Some((&[a, b], behind)) = rest.split_first_chunk() {
+        sum += u64::from(u16::from_ne_bytes([a, b]));
+        rest = behind;
+    }
+    if let [a] = *rest {
+        sum += u64::from(u16::from_ne_bytes([a, 0]));
+    }
+    sum
 }
 
 /// As `portable`. A multiplication by 1 that adds neighbours is the cheapest way to widen words, but takes them as
@@ -77,8 +89,8 @@ fn avx2(data: &[u8]) -> u64 {
 
     const VECTOR: usize = 32;
     const BLOCK: usize = 4 * VECTOR;
-    /// After so many blocks the narrow sums are added up: each lane is at most 2^16 further from 0 with each.
-    const BLOCKS_MAX: usize = 1 << 14;
+    /// After so many blocks the narrow sums are added up: each is at most 2^16 further from 0 with each vector.
+    const BLOCKS_MAX: usize = 1 << 12;
 
     let turn = _mm256_set1_epi16(i16::MIN);
     let one = _mm256_set1_epi16(1);
@@ -90,32 +102,37 @@ fn avx2(data: &[u8]) -> u64 {
     let widen = |vector: __m256i| _mm256_madd_epi16(_mm256_xor_si256(vector, turn), one);
 
     let vectors = data.len() / VECTOR;
-    let mut sum: i64 = (vectors * VECTOR / 2) as i64 * (1 << 15);
-    for part in data[..vectors * VECTOR].chunks(BLOCKS_MAX * BLOCK) {
+    let (whole, rest) = data.split_at(vectors * VECTOR);
+    let mut sum: i64 = (whole.len() / 2) as i64 * (1 << 15);
+    for part in whole.chunks(BLOCKS_MAX * BLOCK) {
         let mut lanes = [_mm256_setzero_si256(); 4];
         let mut blocks = part.chunks_exact(BLOCK);
         for block in &mut blocks {
-            for (number, lane) in lanes.iter_mut().enumerate() {
-                let vector = load(&block[number * VECTOR..(number + 1) * VECTOR]);
-                *lane = _mm256_add_epi32(*lane, widen(vector));
+            for (lane, vector) in lanes.iter_mut().zip(block.chunks_exact(VECTOR)) {
+                *lane = _mm256_add_epi32(*lane, widen(load(vector)));
             }
         }
-        for (vector, lane) in blocks.remainder().chunks_exact(VECTOR).zip(&mut lanes) {
+        for (lane, vector) in lanes
+            .iter_mut()
+            .zip(blocks.remainder().chunks_exact(VECTOR))
+        {
             *lane = _mm256_add_epi32(*lane, widen(load(vector)));
         }
-        for lane in lanes {
-            let low = _mm256_cvtepi32_epi64(_mm256_castsi256_si128(lane));
-            let high = _mm256_cvtepi32_epi64(_mm256_extracti128_si256(lane, 1));
-            let mut numbers = [0_i64; 4];
-            // SAFETY: four numbers have 32 bytes, and they need no alignment.
-            unsafe {
-                _mm256_storeu_si256(numbers.as_mut_ptr().cast(), _mm256_add_epi64(low, high))
-            };
-            sum += numbers.iter().sum::<i64>();
-        }
+        let lanes = _mm256_add_epi32(
+            _mm256_add_epi32(lanes[0], lanes[1]),
+            _mm256_add_epi32(lanes[2], lanes[3]),
+        );
+        let low = _mm256_cvtepi32_epi64(_mm256_castsi256_si128(lanes));
+        let high = _mm256_cvtepi32_epi64(_mm256_extracti128_si256(lanes, 1));
+        let numbers = _mm256_add_epi64(low, high);
+        let numbers = _mm_add_epi64(
+            _mm256_castsi256_si128(numbers),
+            _mm256_extracti128_si256(numbers, 1),
+        );
+        sum += _mm_cvtsi128_si64(numbers) + _mm_extract_epi64(numbers, 1);
     }
     // What was taken away has been added, so this is a sum of words.
-    sum as u64 + portable(&data[vectors * VECTOR..])
+    sum as u64 + portable(rest)
 }
 
 #[cfg(test)]

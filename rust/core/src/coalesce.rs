@@ -212,34 +212,36 @@ impl Run {
     #[inline]
     fn has_equal_headers(&self, header: &[u8]) -> bool {
         let first = &self.header[..self.shape.header_bytes];
-        // Bits that differ between the two words at an offset.
-        let unequal = |at: usize| read_u64(header, at) ^ read_u64(first, at);
-        let unequal_half = |at: usize| read_u32(header, at) ^ read_u32(first, at);
-        let ip = if self.shape.is_ipv4() {
-            // Without length, id and checksum.
-            unequal(0) & 0xFFFF_0000_0000_FFFF
-                | unequal(8) & 0xFFFF_0000_FFFF_FFFF
-                | u64::from(unequal_half(16))
+        let (found, expected) = if self.shape.is_ipv4() {
+            let (Some((ip, found)), Some((first, expected))) =
+                (header.split_first_chunk(), first.split_first_chunk())
+            else {
+                return false;
+            };
+            if !are_equal_ipv4(ip, first) {
+                return false;
+            }
+            (found, expected)
         } else {
-            // Without length.
-            unequal(0) & 0xFFFF_FFFF_0000_FFFF
-                | unequal(8)
-                | unequal(16)
-                | unequal(24)
-                | unequal(32)
+            let (Some((ip, found)), Some((first, expected))) =
+                (header.split_first_chunk(), first.split_first_chunk())
+            else {
+                return false;
+            };
+            if !are_equal_ipv6(ip, first) {
+                return false;
+            }
+            (found, expected)
         };
-        let at = self.shape.transport;
-        let ports = unequal_half(at);
-        if ip != 0 || ports != 0 {
-            return false;
-        }
         if !self.shape.is_tcp() {
-            return true;
+            return found.first_chunk::<4>() == expected.first_chunk(); // ports
         }
-        // Acknowledgement, offset, flags without PSH, window; then the urgent pointer, and options.
-        let fields = unequal(at + 8) & 0xFFFF_FFFF_FFF7_FFFF
-            | u64::from(unequal_half(at + TCP_CHECKSUM_AT) & 0xFFFF);
-        fields == 0 && header[at + TCP_HEADER_BYTES..] == first[at + TCP_HEADER_BYTES..]
+        let (Some((found, options)), Some((expected, first_options))) =
+            (found.split_first_chunk(), expected.split_first_chunk())
+        else {
+            return false;
+        };
+        are_equal_tcp(found, expected) && options == first_options
     }
 
     /// Whether TCP sequence number and IPv4 id are those of the next packet.
@@ -345,8 +347,34 @@ pub fn coalesce(packets: &[&[u8]], tso: bool, uso: bool) -> Vec<(usize, Vec<u8>)
 }
 
 #[inline]
-fn read_u64(data: &[u8], at: usize) -> u64 {
-    let mut word = [0; 8];
-    word.copy_from_slice(&data[at..at + 8]);
-    u64::from_be_bytes(word)
+fn are_equal_ipv4(one: &[u8; IPV4_HEADER_BYTES], other: &[u8; IPV4_HEADER_BYTES]) -> bool {
+    // Without length, id and checksum.
+    unequal(one, other, 0) & 0xFFFF_0000_0000_FFFF == 0
+        && unequal(one, other, 8) & 0xFFFF_0000_FFFF_FFFF == 0
+        && one[16..] == other[16..]
+}
+
+#[inline]
+fn are_equal_ipv6(one: &[u8; IPV6_HEADER_BYTES], other: &[u8; IPV6_HEADER_BYTES]) -> bool {
+    // Without length.
+    unequal(one, other, 0) & 0xFFFF_FFFF_0000_FFFF == 0 && one[8..] == other[8..]
+}
+
+#[inline]
+fn are_equal_tcp(one: &[u8; TCP_HEADER_BYTES], other: &[u8; TCP_HEADER_BYTES]) -> bool {
+    // Ports; acknowledgement, offset, flags without PSH and window; urgent pointer.
+    one[..4] == other[..4]
+        && unequal(one, other, 8) & 0xFFFF_FFFF_FFF7_FFFF == 0
+        && one[18..] == other[18..]
+}
+
+/// Bits that differ between the two words of 8 bytes that begin at `at`.
+#[inline]
+fn unequal<const SIZE: usize>(one: &[u8; SIZE], other: &[u8; SIZE], at: usize) -> u64 {
+    let word = |bytes: &[u8; SIZE]| {
+        let mut word = [0; 8];
+        word.copy_from_slice(&bytes[at..at + 8]);
+        u64::from_be_bytes(word)
+    };
+    word(one) ^ word(other)
 }
