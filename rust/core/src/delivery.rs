@@ -123,6 +123,7 @@ impl Delivery {
             if !run.is_closed
                 && covered < bytes
                 && bytes <= run.size
+                && bytes + run.payload_bytes <= PACKET_BYTES_MAX
                 // Two entries, since it may not join.
                 && self.filler.fits(used + self.head_bytes + bytes, 2)
             {

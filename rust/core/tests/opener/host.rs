@@ -184,7 +184,11 @@ impl Memory {
     }
 
     fn attach(&self, writable: bool) -> Region {
-        let file = if writable { &self.file } else { &self.read_only };
+        let file = if writable {
+            &self.file
+        } else {
+            &self.read_only
+        };
         Region::attach(file.as_raw_fd(), &self.layout, writable, "").unwrap()
     }
 
@@ -519,7 +523,10 @@ impl Host {
 
     pub fn upcalls(&mut self) -> Vec<Upcall> {
         let found = Ring::drain(&mut self.ups);
-        found.iter().map(|(entry, data)| upcall(entry, data)).collect()
+        found
+            .iter()
+            .map(|(entry, data)| upcall(entry, data))
+            .collect()
     }
 
     /// What was handed to the other reader, with its records.
@@ -572,7 +579,8 @@ impl Host {
 
     /// The highest counter of the tunnel's window.
     pub fn window(&self) -> u64 {
-        self.windows.word(PAGE + 2112 * u64::from(INDEX & 0xFFFF) + 56)
+        self.windows
+            .word(PAGE + 2112 * u64::from(INDEX & 0xFFFF) + 56)
     }
 
     /// Let control say that the row's window is of a later tunnel.
@@ -655,7 +663,8 @@ impl Host {
 
     pub fn deliver_from(&self, far: &UdpSocket, datagrams: &[Vec<u8>]) {
         for datagram in datagrams {
-            far.send_to(datagram, self.udp.local_addr().unwrap()).unwrap();
+            far.send_to(datagram, self.udp.local_addr().unwrap())
+                .unwrap();
         }
     }
 
@@ -814,7 +823,12 @@ impl Flow {
         } else {
             [self.source, NEAR4].concat()
         };
-        let parts = [sum(&addresses), protocol, transport.len() as u16, sum(&transport)];
+        let parts = [
+            sum(&addresses),
+            protocol,
+            transport.len() as u16,
+            sum(&transport),
+        ];
         let total = parts.iter().map(|each| u64::from(*each)).sum();
         let field = match !fold(total) {
             0 if !self.is_tcp => 0xFFFF,

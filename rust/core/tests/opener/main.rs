@@ -39,7 +39,9 @@ fn train(flow: &mut Flow, count: usize, bytes: usize) -> Vec<Vec<u8>> {
 
 fn sealed(host: &Host, first: u64, packets: &[Vec<u8>]) -> Vec<Vec<u8>> {
     let numbered = (first..).zip(packets);
-    numbered.map(|(counter, each)| host.seal(counter, each)).collect()
+    numbered
+        .map(|(counter, each)| host.seal(counter, each))
+        .collect()
 }
 
 #[test]
@@ -108,7 +110,9 @@ fn a_superpacket_ends_where_it_is_full_and_the_next_one_begins_in_the_next_area(
     let packets: Vec<_> = (0..120).map(|_| flow.next(1300)).collect();
     let mut host = host_for(Plan::default(), &packets[0]);
     let datagrams = sealed(&host, 3, &packets);
-    datagrams.chunks(40).for_each(|batch| host.deliver_joined(batch));
+    datagrams
+        .chunks(40)
+        .for_each(|batch| host.deliver_joined(batch));
 
     assert_eq!(host.poll_all(), 120);
 
@@ -199,7 +203,11 @@ fn psh_ends_a_superpacket() {
     let mut flow = Flow::new(false, true);
     let packets: Vec<_> = (0..12)
         .map(|each| {
-            flow.flags = if each == 4 || each == 5 { ACK | PSH } else { ACK };
+            flow.flags = if each == 4 || each == 5 {
+                ACK | PSH
+            } else {
+                ACK
+            };
             flow.next(500)
         })
         .collect();
@@ -325,7 +333,9 @@ fn every_changed_bit_of_a_datagram_is_noticed_and_moves_nothing() {
     assert!(host.received().0.is_empty());
     assert_eq!(host.window(), 2);
     let raw = [code(Reason::UnknownIndex), code(Reason::Datagram)];
-    assert!(reasons(&host.upcalls()).iter().all(|each| raw.contains(each)));
+    assert!(reasons(&host.upcalls())
+        .iter()
+        .all(|each| raw.contains(each)));
 
     host.deliver(&[good]);
     host.poll(10).unwrap();
@@ -460,7 +470,9 @@ fn a_full_ring_drops_before_the_window_moves() {
     };
     let mut host = host_for(plan, &packets[0]);
     let datagrams = sealed(&host, 3, &packets);
-    datagrams.chunks(40).for_each(|batch| host.deliver_joined(batch));
+    datagrams
+        .chunks(40)
+        .for_each(|batch| host.deliver_joined(batch));
     assert_eq!(host.poll_all(), 120);
 
     let (received, _) = host.received();
@@ -636,10 +648,17 @@ fn new_flows_go_up_opened_in_the_order_in_which_they_came() {
     let upcalls = host.upcalls();
 
     let (passed, up): (Vec<_>, Vec<_>) = (0..30).partition(|each| each % 10 <= 6);
-    assert!(received.iter().eq(passed.iter().map(|each| &packets[*each])));
+    assert!(received
+        .iter()
+        .eq(passed.iter().map(|each| &packets[*each])));
     assert_eq!(sizes, [7, 7, 7]);
-    assert!(upcalls.iter().map(|each| &each.packet).eq(up.iter().map(|each| &packets[*each])));
-    assert!(upcalls.iter().all(|each| each.reason == code(Reason::NewFlowIn)));
+    assert!(upcalls
+        .iter()
+        .map(|each| &each.packet)
+        .eq(up.iter().map(|each| &packets[*each])));
+    assert!(upcalls
+        .iter()
+        .all(|each| each.reason == code(Reason::NewFlowIn)));
     assert!(upcalls.iter().all(|each| each.index == INDEX));
     assert_eq!(host.window(), 32);
     host.check_ledger(21, 0);
