@@ -6,11 +6,8 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::Read;
 use std::net::UdpSocket;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::FileExt;
 use std::rc::Rc;
 
 use nebula_mp_core::aead::{Cipher, Key};
@@ -22,21 +19,23 @@ use nebula_mp_core::flows::{flow_hash, FlowView};
 use nebula_mp_core::header::{HEADER_BYTES, MESSAGE, TAG_BYTES, VERSION};
 use nebula_mp_core::ip::parse_flow;
 use nebula_mp_core::opener::{Network, Offloads, Opener};
-use nebula_mp_core::region::{Layout, Region};
+use nebula_mp_core::region::Layout;
 use nebula_mp_core::ring::{Consumer, Entry, Producer, Recovery};
 use nebula_mp_core::sealer::Shared;
 use nebula_mp_core::segment::Cut;
 use nebula_mp_core::stats::StatsPage;
 use nebula_mp_core::sys::{self, SockAddr};
+use nebula_mp_core::testing::Memory;
 use nebula_mp_core::tunnels::{TunnelState, TunnelView, UdpAddr};
 use nebula_mp_core::upcalls::{Limits, Reason, Strangers, Upcalls, RECORD_BYTES};
 use nebula_mp_core::virtio::{Gso, VirtioHeader, HEADER_BYTES as VIRTIO_BYTES};
 use nebula_mp_core::windows::ReceiveWindows;
 
-const PAGE: u64 = 4096;
-pub const ROWS: u64 = 64;
-const BUCKETS: u64 = 256;
+const PAGE: usize = 4096;
+pub const ROWS: usize = 64;
+const BUCKETS: usize = 256;
 pub const INDEX: u32 = 0xBEEF_0003;
+const ROW: usize = (INDEX & 0xFFFF) as usize;
 pub const PEER: u64 = 1 << 32 | 7;
 const GENERATION: u64 = 5;
 pub const NOW_MS: u64 = 1_000_000;
@@ -125,95 +124,45 @@ const REFUSALS: [&str; 5] = [
     "mp.strangers",
 ];
 
-/// A region as its maker holds it.
-struct Memory {
-    file: File,
-    read_only: File,
-    layout: Layout,
+fn region(magic: &'static [u8; 8], size: usize, parameters: &[u64]) -> Memory {
+    let layout = Layout {
+        name: "test",
+        magic,
+        version: 1,
+    };
+    Memory::new(&layout, size, parameters)
 }
 
-impl Memory {
-    fn new(magic: &'static [u8; 8], size: u64, parameters: &[u64]) -> Self {
-        let layout = Layout {
-            name: "test",
-            magic,
-            version: 1,
-        };
-        let name = c"test";
-        // SAFETY: a string that ends with a zero; the result is checked.
-        let descriptor = unsafe {
-            libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING)
-        };
-        assert!(descriptor >= 0);
-        // SAFETY: new, and nobody else's.
-        let file = unsafe { File::from_raw_fd(descriptor) };
-        file.set_len(size).unwrap();
-        let mut header = Vec::from(*magic);
-        header.extend(1_u32.to_le_bytes());
-        header.extend([0; 4]);
-        header.extend(1_u64.to_le_bytes());
-        header.extend(size.to_le_bytes());
-        parameters
-            .iter()
-            .for_each(|each| header.extend(each.to_le_bytes()));
-        file.write_all_at(&header, 0).unwrap();
-        let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
-        // SAFETY: a descriptor of ours.
-        let sealed = unsafe { libc::fcntl(descriptor, libc::F_ADD_SEALS, seals) };
-        assert_eq!(sealed, 0);
-        let read_only = File::open(format!("/proc/self/fd/{descriptor}")).unwrap();
-        Self {
-            file,
-            read_only,
-            layout,
-        }
-    }
+fn rows(magic: &'static [u8; 8], row: usize, count: usize) -> Memory {
+    region(magic, PAGE + row * count, &[count as u64])
+}
 
-    fn rows(magic: &'static [u8; 8], row: u64, count: u64) -> Self {
-        Self::new(magic, PAGE + row * count, &[count])
-    }
-
-    fn store(&self, at: u64, data: &[u8]) {
-        self.file.write_all_at(data, at).unwrap();
-    }
-
-    fn word(&self, at: u64) -> u64 {
-        let mut word = [0; 8];
-        self.file.read_exact_at(&mut word, at).unwrap();
-        u64::from_le_bytes(word)
-    }
-
-    fn attach(&self, writable: bool) -> Region {
-        let file = if writable {
-            &self.file
-        } else {
-            &self.read_only
-        };
-        Region::attach(file.as_raw_fd(), &self.layout, writable, "").unwrap()
-    }
-
-    pub fn everything(&self) -> Vec<u8> {
-        let mut all = Vec::new();
-        File::open(format!("/proc/self/fd/{}", self.file.as_raw_fd()))
-            .unwrap()
-            .read_to_end(&mut all)
-            .unwrap();
-        all
-    }
+/// The word at an offset in bytes.
+fn word(memory: &Memory, at: usize) -> u64 {
+    assert_eq!(at % 4, 0);
+    let mut word = [0; 8];
+    word.copy_from_slice(&memory.bytes(at, 8));
+    u64::from_le_bytes(word)
 }
 
 /// A ring as its maker holds it.
 pub struct Ring {
+    bytes: usize,
     data: Memory,
     state: Memory,
 }
 
 impl Ring {
-    fn new(areas: u64, area_bytes: u64, entries: u64) -> Self {
+    fn new(areas: usize, area_bytes: usize, entries: usize) -> Self {
         let data_bytes = PAGE + areas * area_bytes;
         Self {
-            data: Memory::new(b"nmp:data", data_bytes, &[areas, area_bytes, entries]),
-            state: Memory::new(b"nmp:stat", PAGE, &[]),
+            bytes: data_bytes,
+            data: region(
+                b"nmp:data",
+                data_bytes,
+                &[areas as u64, area_bytes as u64, entries as u64],
+            ),
+            state: region(b"nmp:stat", PAGE, &[]),
         }
     }
 
@@ -222,17 +171,17 @@ impl Ring {
     }
 
     fn producer(&self) -> Producer {
-        Producer::new(self.data.attach(true), self.state.attach(false), true).unwrap()
+        Producer::new(self.data.writable(), self.state.read_only(), true).unwrap()
     }
 
     fn consumer(&self, recovery: Recovery, segments: bool) -> Consumer {
-        let (data, state) = (self.data.attach(false), self.state.attach(true));
-        Consumer::new(data, state, None, recovery, segments, ROWS as usize).unwrap()
+        let (data, state) = (self.data.read_only(), self.state.writable());
+        Consumer::new(data, state, None, recovery, segments, ROWS).unwrap()
     }
 
     /// All that is or was in it.
     pub fn everything(&self) -> Vec<u8> {
-        self.data.everything()
+        self.data.bytes(0, self.bytes)
     }
 
     /// What waits, which is gone then.
@@ -275,9 +224,9 @@ pub struct Upcall {
 /// What a host is made with.
 pub struct Plan {
     pub offloads: Offloads,
-    pub areas: u64,
-    pub area_bytes: u64,
-    pub entries: u64,
+    pub areas: usize,
+    pub area_bytes: usize,
+    pub entries: usize,
     pub limits: Limits,
     pub overlay: Vec<Network>,
     pub cipher: Cipher,
@@ -370,13 +319,13 @@ impl Host {
     pub fn new(plan: Plan) -> Self {
         let open = Ring::new(plan.areas, plan.area_bytes, plan.entries);
         let (upcall, stranger_in, stranger_out) = (Ring::small(), Ring::small(), Ring::small());
-        let flows = Memory::rows(b"nmp:flow", 512, BUCKETS);
-        flows.store(64, &1_u64.to_le_bytes()); // rules generation
-        (0..6_u64).for_each(|each| {
-            let seed = 0x9E37_79B9_7F4A_7C15_u64.wrapping_mul(each + 1);
-            flows.store(72 + 8 * each, &seed.to_le_bytes());
+        let flows = rows(b"nmp:flow", 512, BUCKETS);
+        flows.patch(64, &1_u64.to_le_bytes()); // rules generation
+        (0..6).for_each(|each| {
+            let seed = 0x9E37_79B9_7F4A_7C15_u64.wrapping_mul(each as u64 + 1);
+            flows.patch(72 + 8 * each, &seed.to_le_bytes());
         });
-        let stats = Memory::new(b"nmp:coun", PAGE, &[NAMES.len() as u64, DIGEST]);
+        let stats = region(b"nmp:coun", PAGE, &[NAMES.len() as u64, DIGEST]);
         // SAFETY: the result is checked.
         let bell = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
         assert!(bell >= 0);
@@ -385,11 +334,11 @@ impl Host {
             assert!(set_option(&udp, libc::SOL_UDP, libc::UDP_GRO, 1));
         }
         let host = Self {
-            tunnels: Memory::rows(b"nmp:tunl", 128, ROWS),
-            keys: Memory::rows(b"nmp:keys", 64, ROWS),
-            seen: Memory::rows(b"nmp:seen", 8, BUCKETS * 7),
-            windows: Memory::rows(b"nmp:wind", 2112, ROWS),
-            traffic: Memory::rows(b"nmp:traf", 64, ROWS),
+            tunnels: rows(b"nmp:tunl", 128, ROWS),
+            keys: rows(b"nmp:keys", 64, ROWS),
+            seen: rows(b"nmp:seen", 8, BUCKETS * 7),
+            windows: rows(b"nmp:wind", 2112, ROWS),
+            traffic: rows(b"nmp:traf", 64, ROWS),
             flows,
             stats,
             opened: open.consumer(Recovery::GoOnBehind, true),
@@ -424,9 +373,9 @@ impl Host {
         port: u16,
         generation: u64,
     ) {
-        let number = u64::from(index & 0xFFFF);
+        let number = (index & 0xFFFF) as usize;
         let at = PAGE + 128 * number;
-        let sequence = self.tunnels.word(at) + 2;
+        let sequence = word(&self.tunnels, at) + 2;
         let mut row = Vec::new();
         row.extend(sequence.to_le_bytes());
         row.extend(index.to_le_bytes());
@@ -444,24 +393,23 @@ impl Host {
         row.extend([0; 12]);
         row.extend(FAR6);
         row.resize(128, 0);
-        self.tunnels.store(at, &row);
+        self.tunnels.patch(at, &row);
         let keys = PAGE + 64 * number;
-        self.keys.store(keys, &SEND_KEY);
-        self.keys.store(keys + 32, &RECEIVE_KEY);
+        self.keys.patch(keys, &SEND_KEY);
+        self.keys.patch(keys + 32, &RECEIVE_KEY);
     }
 
     /// Attach, as a reader or its successor.
     pub fn attach(&mut self) {
         let names: Vec<String> = NAMES.map(String::from).to_vec();
-        let page =
-            |memory: &Memory| StatsPage::attach(memory.file.as_raw_fd(), &names, DIGEST).unwrap();
+        let page = |memory: &Memory| StatsPage::attach(memory.writer(), &names, DIGEST).unwrap();
         let stats = Rc::new(page(&self.stats));
         let bell = self.bell.as_raw_fd();
         let limits = self.plan.limits;
         let shared = Shared {
-            tunnels: TunnelView::new(self.tunnels.attach(false), self.keys.attach(false)).unwrap(),
-            flows: FlowView::new(self.flows.attach(false), self.seen.attach(true)).unwrap(),
-            traffic: Traffic::new(self.traffic.attach(true)).unwrap(),
+            tunnels: TunnelView::new(self.tunnels.read_only(), self.keys.read_only()).unwrap(),
+            flows: FlowView::new(self.flows.read_only(), self.seen.writable()).unwrap(),
+            traffic: Traffic::new(self.traffic.writable()).unwrap(),
             upcalls: Upcalls::new(self.upcall.producer(), bell, Rc::clone(&stats), limits),
             stats: Rc::clone(&stats),
         };
@@ -470,7 +418,7 @@ impl Host {
             self.udp.as_raw_fd(),
             0,
             Filler::new(self.open.producer()),
-            ReceiveWindows::new(self.windows.attach(true)).unwrap(),
+            ReceiveWindows::new(self.windows.writable()).unwrap(),
             Strangers::new(strangers, stats),
             vec![self.stranger_in.consumer(Recovery::SendAgain, false)],
             self.plan.overlay.clone(),
@@ -537,7 +485,7 @@ impl Host {
 
     /// Counters that are not 0.
     pub fn stats(&self) -> BTreeMap<&'static str, u64> {
-        let words = (0..).map(|each| self.stats.word(64 + 8 * each));
+        let words = (0..).map(|each| word(&self.stats, 64 + 8 * each));
         let all = NAMES.into_iter().zip(words);
         all.filter(|(_, value)| *value > 0).collect()
     }
@@ -558,7 +506,6 @@ impl Host {
     /// Everything that came in was delivered, went up, was handed over, or counted under one reason.
     pub fn check_ledger(&self, delivered: usize, handed_in: usize) {
         let stats = self.stats();
-        let moved = 0; // notices are not counted
         let of = |name: &str| stats.get(name).copied().unwrap_or(0);
         let dropped: u64 = stats
             .iter()
@@ -566,27 +513,26 @@ impl Host {
             .map(|(_, value)| value)
             .sum();
         let came = of("mp.udp.rx.packets") + handed_in as u64;
-        let went = delivered as u64 + of("mp.upcalls") + dropped + moved;
+        let went = delivered as u64 + of("mp.upcalls") + dropped;
         assert_eq!(came, went, "{stats:?}");
     }
 
     /// Packets, bytes and time of the tunnel's row of traffic.
     pub fn traffic(&self) -> [u64; 3] {
-        let at = PAGE + 64 * u64::from(INDEX & 0xFFFF);
-        assert_eq!(self.traffic.word(at), GENERATION);
-        [8, 16, 24].map(|offset| self.traffic.word(at + offset))
+        let at = PAGE + 64 * ROW;
+        assert_eq!(word(&self.traffic, at), GENERATION);
+        [8, 16, 24].map(|offset| word(&self.traffic, at + offset))
     }
 
     /// The highest counter of the tunnel's window.
     pub fn window(&self) -> u64 {
-        self.windows
-            .word(PAGE + 2112 * u64::from(INDEX & 0xFFFF) + 56)
+        self.windows.word(PAGE + 2112 * ROW + 56)
     }
 
     /// Let control say that the row's window is of a later tunnel.
     pub fn outdate_window(&self) {
-        let at = PAGE + 2112 * u64::from(INDEX & 0xFFFF);
-        self.windows.store(at, &(GENERATION + 1).to_le_bytes());
+        let at = PAGE + 2112 * ROW;
+        self.windows.patch(at, &(GENERATION + 1).to_le_bytes());
     }
 
     /// Let control admit the flow of a packet.
@@ -601,36 +547,34 @@ impl Host {
 
     fn judge(&self, packet: &[u8], verdicts: u32) {
         let key = parse_flow(packet, true).unwrap();
-        let seeds: [u64; 6] = std::array::from_fn(|each| self.flows.word(72 + 8 * each as u64));
+        let seeds: [u64; 6] = std::array::from_fn(|each| word(&self.flows, 72 + 8 * each));
         let hash = flow_hash(&seeds, &key);
-        let (bucket, tag) = (hash >> 40 & (BUCKETS - 1), hash as u32 | 1);
+        let (bucket, tag) = ((hash >> 40) as usize & (BUCKETS - 1), hash as u32 | 1);
         let at = PAGE + 512 * bucket;
         let tags: Vec<u32> = (0..7)
-            .map(|each| self.flows.word(at + 8 + 4 * each) as u32)
+            .map(|each| word(&self.flows, at + 8 + 4 * each) as u32)
             .collect();
         let spelled: Vec<u8> = key.0.iter().flat_map(|each| each.to_le_bytes()).collect();
-        let same = |number: u64| {
-            let mut found = [0; 40];
+        let same = |number: usize| {
             let place = at + 64 + 64 * number + 8;
-            self.flows.file.read_exact_at(&mut found, place).unwrap();
-            found[..] == spelled[..]
+            self.flows.bytes(place, 40) == spelled
         };
-        let number = (0..7_u64)
-            .find(|each| tags[*each as usize] == 0 || same(*each))
+        let number = (0..7)
+            .find(|each| tags[*each] == 0 || same(*each))
             .expect("the bucket has room");
         let row_at = at + 64 + 64 * number;
         let mut row = Vec::new();
-        row.extend((self.flows.word(row_at) as u32 + 2).to_le_bytes());
+        row.extend((word(&self.flows, row_at) as u32 + 2).to_le_bytes());
         row.extend(1_u32.to_le_bytes());
         row.extend(spelled);
         row.extend(PEER.to_le_bytes());
         row.extend(60_000_u32.to_le_bytes());
         row.extend(verdicts.to_le_bytes());
         assert_eq!(row.len(), 64);
-        self.flows.store(row_at, &row);
-        self.flows.store(at + 8 + 4 * number, &tag.to_le_bytes());
+        self.flows.patch(row_at, &row);
+        self.flows.patch(at + 8 + 4 * number, &tag.to_le_bytes());
         let seen = PAGE + 8 * (bucket * 7 + number);
-        self.seen.store(seen, &NOW_MS.to_le_bytes());
+        self.seen.patch(seen, &NOW_MS.to_le_bytes());
     }
 
     /// What the far host sends of a packet.
