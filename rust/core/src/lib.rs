@@ -8,7 +8,7 @@
 //!
 //! Bottom-up: `error`, `header`, `checksum`, `ip`, `virtio`, `segment`, `coalesce`, `aead`, `replay` (pure) ->
 //! `words`, `region`, `layout` (memory) -> `ring`, `stats`, `tunnels`, `peers`, `flows`, `counters`, `windows`
-//! (shared structures) -> `filler`, `upcalls` -> `sys` (system calls) -> `sealer`, `delivery`, `opener`, `drains`.
+//! (shared structures) -> `filler`, `upcalls` -> `sys` (system calls) -> `runs`, `tun_queue`, `sealer`, `delivery`, `opener`, `drains`.
 //! Knows no policy, no process and nothing of Python; allocates nothing for a packet.
 
 pub mod aead;
@@ -28,12 +28,14 @@ pub mod peers;
 pub mod region;
 pub mod replay;
 pub mod ring;
+pub mod runs;
 pub mod sealer;
 pub mod segment;
 pub mod stats;
 pub mod sys;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod tun_queue;
 pub mod tunnels;
 pub mod upcalls;
 pub mod virtio;

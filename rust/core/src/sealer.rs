@@ -1,16 +1,36 @@
 //! TUN queue -> flow, peer, tunnel -> sealed into the seal ring; as `nebula_mp.datapath.sealing` and `.runs`.
+//!
+//! ```text
+//! TUN -> tun_queue -> virtio, ip, flows -> [Sealer] -> runs, segment, aead -> filler -> seal ring
+//!                                                   -> upcalls -> upcall ring -> control
+//! ```
+//!
+//! Packets for one peer that follow each other form a run, and so do the packets of a superpacket. Its counters are
+//! reserved at once, before the first of it is sealed, and only when there is an area for all of it: so who dies here
+//! leaves a gap, never a counter that another one would take again. A superpacket that does not fit an area becomes
+//! several runs.
+//! Knows which packets may share a batch of counters; decides nothing: what the tables do not answer goes up.
 
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use crate::counters::{SendCounters, Traffic};
-use crate::error::Result;
+use crate::counters::{Refusal, SendCounters, Traffic};
+use crate::error::{Fault, Result};
 use crate::filler::Filler;
-use crate::flows::FlowView;
+use crate::flows::{FlowView, Outbound};
+use crate::header::OVERHEAD_BYTES;
+use crate::ip::parse_flow;
 use crate::peers::PeerView;
+use crate::runs::{self, Payload, PlainRun, Target};
+use crate::segment::{complete, Cut};
 use crate::stats::StatsPage;
-use crate::tunnels::TunnelView;
-use crate::upcalls::Upcalls;
+use crate::tun_queue::{Read, Scatter, TunQueue};
+use crate::tunnels::{TunnelState, TunnelView};
+use crate::upcalls::{Reason, Upcalls};
+use crate::virtio::{self, Gso, VirtioHeader};
+
+/// So long a run is held back for another worker to send.
+pub const HOLD_US: u64 = 1000;
 
 /// What a reader's two halves share; they take turns within one process.
 pub struct Shared {
@@ -26,9 +46,144 @@ pub struct Shared {
     pub stats: Rc<StatsPage>,
 }
 
+/// What has become of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    Sealed,
+    /// And counted.
+    Dropped,
+    /// It is to be held back.
+    Held,
+    /// Control is to be asked.
+    NoTunnel,
+}
+
+/// What a run needs.
+#[derive(Clone, Copy)]
+struct Need {
+    peer: u64,
+    packets: usize,
+    size_bytes: usize,
+    entries: usize,
+}
+
+/// Where sealed packets go, and what they are given.
+struct Outlet {
+    filler: Filler,
+    peers: PeerView,
+    counters: SendCounters,
+    held_since_us: Option<u64>,
+}
+
+impl Outlet {
+    /// Give a run its room and counters and let `work` seal it, or see to it that it goes elsewhere.
+    fn try_seal(
+        &mut self,
+        shared: &mut Shared,
+        need: Need,
+        now_us: u64,
+        work: impl FnOnce(&mut Filler, &Target<'_>),
+    ) -> Result<Outcome> {
+        let outcome = self.find_and_seal(shared, need, now_us, work)?;
+        if outcome == Outcome::Held {
+            self.held_since_us.get_or_insert(now_us);
+        } else {
+            self.held_since_us = None;
+        }
+        Ok(outcome)
+    }
+
+    fn find_and_seal(
+        &mut self,
+        shared: &mut Shared,
+        need: Need,
+        now_us: u64,
+        work: impl FnOnce(&mut Filler, &Target<'_>),
+    ) -> Result<Outcome> {
+        let Shared {
+            tunnels,
+            traffic,
+            stats,
+            ..
+        } = shared;
+        let packets = need.packets as u64;
+        let regardless = self
+            .held_since_us
+            .is_some_and(|since| now_us.saturating_sub(since) >= HOLD_US);
+        // Again when the tunnel ended in between: its successor may be there already.
+        for _ in 0..2 {
+            let Some(index) = self.peers.tunnel(need.peer) else {
+                break;
+            };
+            let Some(tunnel) = tunnels.get(index)? else {
+                break;
+            };
+            if tunnel.state != TunnelState::Proven || tunnel.underlay.is_none() {
+                break;
+            }
+            if !self.filler.try_room(need.size_bytes, need.entries, 1)? {
+                stats.add(stats.slots.ring_full_seal, packets);
+                return Ok(Outcome::Dropped);
+            }
+            let (row, generation) = (tunnel.row(), tunnel.generation);
+            let beyond = self.counters.beyond_span;
+            let area = Some(self.filler.area());
+            let granted = self
+                .counters
+                .reserve(row, generation, packets, area, regardless)?;
+            if self.counters.beyond_span != beyond {
+                stats.add(stats.slots.counter_span, self.counters.beyond_span - beyond);
+            }
+            match granted {
+                Ok(first) => {
+                    let target = Target {
+                        key: &tunnel.send,
+                        remote_index: tunnel.remote_index,
+                        row: row as u32,
+                        first,
+                    };
+                    work(&mut self.filler, &target);
+                    let size_bytes = need.size_bytes as u64;
+                    traffic.sent(row, generation, packets, size_bytes, now_us / 1000);
+                    return Ok(Outcome::Sealed);
+                }
+                Err(Refusal::Exhausted) => {
+                    stats.add(stats.slots.drop_exhausted, packets);
+                    return Ok(Outcome::Dropped);
+                }
+                Err(Refusal::Span) => return Ok(Outcome::Held),
+                Err(Refusal::Gone) => {}
+            }
+        }
+        Ok(Outcome::NoTunnel)
+    }
+}
+
+/// What was read behind a run that is held back; it lies in the arena.
+#[expect(clippy::large_enum_variant, reason = "there is one of it")]
+enum Waiting {
+    Plain { peer: u64, at: usize, len: usize },
+    Super(Super),
+}
+
+/// A superpacket of which the packets before `first` are settled.
+struct Super {
+    peer: u64,
+    at: usize,
+    len: usize,
+    first: usize,
+    cut: Cut,
+}
+
 /// The outbound half of a reader.
 pub struct Sealer {
-    _todo: (),
+    queue: TunQueue,
+    outlet: Outlet,
+    shared: Rc<RefCell<Shared>>,
+    run: PlainRun,
+    waiting: Option<Waiting>,
+    single: Box<[u8]>,
+    scattered: u64,
 }
 
 impl Sealer {
@@ -41,22 +196,418 @@ impl Sealer {
         shared: Rc<RefCell<Shared>>,
         tun_header: bool,
     ) -> Self {
-        let _ = (tun_fd, filler, peers, counters, shared, tun_header);
-        todo!()
+        let packets_max = filler.entries_max().min(runs::PACKETS_MAX);
+        Self {
+            queue: TunQueue::new(tun_fd, tun_header),
+            outlet: Outlet {
+                filler,
+                peers,
+                counters,
+                held_since_us: None,
+            },
+            shared,
+            run: PlainRun::new(packets_max),
+            waiting: None,
+            single: vec![0; virtio::PACKET_BYTES_MAX + 40].into_boxed_slice(),
+            scattered: 0,
+        }
     }
 
     /// As `api.Sealer.poll`; `now_us` is the monotonic clock.
     pub fn poll(&mut self, budget: usize, now_us: u64) -> Result<usize> {
-        todo!("{budget} {now_us}")
+        let shared = Rc::clone(&self.shared);
+        let shared = &mut *shared.borrow_mut();
+        let (mut taken, mut size_bytes, mut lost) = (0, 0, None);
+        if self.is_holding() {
+            self.settle(shared, now_us)?;
+        }
+        while taken < budget && !self.is_holding() {
+            if !self.queue.has_room() {
+                self.seal_plain(shared, now_us)?;
+                continue;
+            }
+            let mut header = virtio::PLAIN;
+            let ahead = (self.run.size_bytes, self.run.entries);
+            let read = self
+                .queue
+                .read(&mut header, &mut self.outlet.filler, ahead)?;
+            let (packets, bytes) = match read {
+                Read::Nothing => break,
+                Read::Lost(number) => {
+                    lost = Some(Fault::Lost(number));
+                    break;
+                }
+                Read::Short => {
+                    shared.stats.add(shared.stats.slots.tun_drop_offload, 1);
+                    (1, 0)
+                }
+                Read::Linear(len) => self.take(shared, &header, len, now_us)?,
+                Read::Scattered(it) => self.take_scattered(shared, &header, &it, now_us)?,
+            };
+            taken += packets;
+            size_bytes += bytes;
+        }
+        if !self.is_holding() {
+            self.seal_plain(shared, now_us)?;
+        }
+        self.outlet.filler.flush();
+        shared.upcalls.flush();
+        if taken > 0 {
+            let slot = shared.stats.slots.tun_rx_packets;
+            shared
+                .stats
+                .add_traffic(slot, taken as u64, size_bytes as u64);
+        }
+        lost.map_or(Ok(taken), Err)
     }
 
     /// As `api.Sealer.is_holding`.
     pub fn is_holding(&self) -> bool {
-        todo!()
+        self.outlet.held_since_us.is_some()
     }
 
     /// As `api.Sealer.waiting`.
     pub fn waiting(&mut self) -> Result<u64> {
-        todo!()
+        self.outlet.filler.waiting()
     }
+
+    /// Superpackets that were sealed where they were read to, without a copy; only grows.
+    pub fn scattered(&self) -> u64 {
+        self.scattered
+    }
+
+    /// Seal, or send elsewhere, what the queue gave, which lies in the arena; gives the number of packets it stands
+    /// for, and their bytes.
+    fn take(
+        &mut self,
+        shared: &mut Shared,
+        header: &[u8; virtio::HEADER_BYTES],
+        len: usize,
+        now_us: u64,
+    ) -> Result<(usize, usize)> {
+        let packet = self.queue.last(len);
+        let Ok(header) = VirtioHeader::parse(header, packet, len) else {
+            shared.stats.add(shared.stats.slots.tun_drop_offload, 1);
+            return Ok((1, len));
+        };
+        if header.gso == Gso::None {
+            self.take_plain(shared, &header, len, now_us)?;
+            return Ok((1, len));
+        }
+        let Some(cut) = Cut::new(&header, packet, len) else {
+            shared.stats.add(shared.stats.slots.tun_drop_offload, 1);
+            return Ok((1, len));
+        };
+        let counts = counts(&cut, len);
+        match find(shared, packet, cut.count, now_us) {
+            Outbound::Refused => {}
+            Outbound::Unknown => {
+                self.send_up(
+                    shared,
+                    Reason::NewFlowOut,
+                    (&cut, 0, cut.count),
+                    len,
+                    now_us,
+                )?;
+            }
+            Outbound::To(_) if runs::stride(&cut) > self.outlet.filler.room_bytes() => {
+                shared
+                    .stats
+                    .add(shared.stats.slots.drop_oversize, cut.count as u64);
+            }
+            Outbound::To(peer) => {
+                self.queue.expect(&cut);
+                let at = self.queue.at;
+                self.take_super(
+                    shared,
+                    Super {
+                        peer,
+                        at,
+                        len,
+                        first: 0,
+                        cut,
+                    },
+                    now_us,
+                )?;
+            }
+        }
+        Ok(counts)
+    }
+
+    /// Add a packet to the run it belongs to, or see to it that it goes elsewhere.
+    fn take_plain(
+        &mut self,
+        shared: &mut Shared,
+        header: &VirtioHeader,
+        len: usize,
+        now_us: u64,
+    ) -> Result<()> {
+        let room_bytes = self.outlet.filler.room_bytes();
+        let packet = self.queue.last(len);
+        let verdict = find(shared, packet, 1, now_us);
+        if verdict == Outbound::Refused {
+            return Ok(());
+        }
+        if header.needs_checksum {
+            complete(header, packet);
+        }
+        let Outbound::To(peer) = verdict else {
+            return shared
+                .upcalls
+                .plain(Reason::NewFlowOut, packet, now_us / 1000);
+        };
+        if len + OVERHEAD_BYTES > room_bytes {
+            shared.stats.add(shared.stats.slots.drop_oversize, 1);
+            return Ok(());
+        }
+        if !self.run.takes(peer, len, room_bytes) {
+            let at = self.queue.at;
+            // Above the run, which may be settled now, so that the memory from its start on is free.
+            if self.seal_plain(shared, now_us)? {
+                self.run.begin(peer, at);
+            } else {
+                self.waiting = Some(Waiting::Plain { peer, at, len });
+                self.queue.at = at + len;
+                return Ok(());
+            }
+            self.queue.at = at;
+        }
+        self.run.append(len);
+        self.queue.at += len;
+        Ok(())
+    }
+
+    /// Seal a superpacket in the arena behind what is before it, or keep it.
+    fn take_super(&mut self, shared: &mut Shared, it: Super, now_us: u64) -> Result<()> {
+        if self.seal_plain(shared, now_us)? {
+            return self.seal_super(shared, it, now_us);
+        }
+        self.queue.at = it.at + it.len;
+        self.waiting = Some(Waiting::Super(it));
+        Ok(())
+    }
+
+    /// As `take`, of what was read to pieces.
+    fn take_scattered(
+        &mut self,
+        shared: &mut Shared,
+        header: &[u8; virtio::HEADER_BYTES],
+        it: &Scatter,
+        now_us: u64,
+    ) -> Result<(usize, usize)> {
+        let len = it.len;
+        let head = &self.outlet.filler.data()[it.head()];
+        let cut = VirtioHeader::parse(header, head, len)
+            .ok()
+            .filter(|header| header.gso != Gso::None)
+            .and_then(|header| Cut::new(&header, head, len))
+            .filter(|cut| it.fits(cut));
+        let Some(cut) = cut else {
+            self.queue.linearise(it, self.outlet.filler.data());
+            self.queue.miss();
+            return self.take(shared, header, len, now_us);
+        };
+        let counts = counts(&cut, len);
+        let peer = match find(shared, head, cut.count, now_us) {
+            Outbound::Refused => return Ok(counts),
+            Outbound::Unknown => {
+                self.queue.linearise(it, self.outlet.filler.data());
+                self.send_up(
+                    shared,
+                    Reason::NewFlowOut,
+                    (&cut, 0, cut.count),
+                    len,
+                    now_us,
+                )?;
+                return Ok(counts);
+            }
+            Outbound::To(peer) => peer,
+        };
+        self.queue.expect(&cut);
+        let at = self.queue.at;
+        // The run before it has its room in this area, in front of the places.
+        let is_free = self.seal_plain(shared, now_us)?;
+        debug_assert_eq!(self.outlet.filler.area(), it.area);
+        debug_assert!(self.outlet.filler.at <= it.base);
+        self.queue.at = at;
+        let mut outcome = Outcome::Held;
+        if is_free {
+            let before = std::mem::replace(&mut self.outlet.filler.at, it.base);
+            let need = Need {
+                peer,
+                packets: cut.count,
+                size_bytes: runs::sealed_bytes(&cut, 0, cut.count),
+                entries: 1,
+            };
+            outcome = self
+                .outlet
+                .try_seal(shared, need, now_us, |filler, target| {
+                    runs::seal_super(&cut, Payload::InPlace, 0, cut.count, filler, target);
+                })?;
+            if outcome == Outcome::Sealed {
+                self.scattered += 1;
+            } else {
+                self.outlet.filler.at = before;
+            }
+        }
+        match outcome {
+            Outcome::Sealed | Outcome::Dropped => {}
+            Outcome::Held => {
+                self.queue.linearise(it, self.outlet.filler.data());
+                self.queue.at = at + len;
+                self.waiting = Some(Waiting::Super(Super {
+                    peer,
+                    at,
+                    len,
+                    first: 0,
+                    cut,
+                }));
+                return Ok(counts);
+            }
+            Outcome::NoTunnel => {
+                self.queue.linearise(it, self.outlet.filler.data());
+                self.send_up(shared, Reason::NoTunnel, (&cut, 0, cut.count), len, now_us)?;
+            }
+        }
+        self.queue.at = 0;
+        Ok(counts)
+    }
+
+    /// Seal what was held back, as far as it may go now.
+    fn settle(&mut self, shared: &mut Shared, now_us: u64) -> Result<()> {
+        let at = self.queue.at;
+        if !self.seal_plain(shared, now_us)? {
+            return Ok(());
+        }
+        match self.waiting.take() {
+            None => {}
+            Some(Waiting::Plain {
+                peer,
+                at: begin,
+                len,
+            }) => {
+                self.queue.at = at;
+                self.run.begin(peer, begin);
+                self.run.append(len);
+            }
+            Some(Waiting::Super(it)) => {
+                self.queue.at = at;
+                self.seal_super(shared, it, now_us)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Seal the run of plain packets, if there is one; false when it is to be held back. Then the arena is as it was,
+    /// else free.
+    fn seal_plain(&mut self, shared: &mut Shared, now_us: u64) -> Result<bool> {
+        if !self.run.is_empty() {
+            let Self {
+                run, queue, outlet, ..
+            } = self;
+            let need = Need {
+                peer: run.peer,
+                packets: run.len(),
+                size_bytes: run.size_bytes,
+                entries: run.entries,
+            };
+            let outcome = outlet.try_seal(shared, need, now_us, |filler, target| {
+                run.seal(queue.arena(), filler, target);
+            })?;
+            match outcome {
+                Outcome::Held => return Ok(false),
+                Outcome::Sealed | Outcome::Dropped => {}
+                Outcome::NoTunnel => {
+                    for packet in run.packets(queue.arena()) {
+                        shared
+                            .upcalls
+                            .plain(Reason::NoTunnel, packet, now_us / 1000)?;
+                    }
+                }
+            }
+            run.clear();
+        }
+        self.queue.at = 0;
+        Ok(true)
+    }
+
+    /// Seal a superpacket in the arena, or what is left of it, or keep it. Nothing is before it.
+    fn seal_super(&mut self, shared: &mut Shared, mut it: Super, now_us: u64) -> Result<()> {
+        let room_bytes = self.outlet.filler.room_bytes();
+        while it.first < it.cut.count {
+            let (cut, first) = (&it.cut, it.first);
+            let count = runs::next_run(cut, first, room_bytes);
+            let need = Need {
+                peer: it.peer,
+                packets: count,
+                size_bytes: runs::sealed_bytes(cut, first, count),
+                entries: 1,
+            };
+            let payload = Payload::Linear(&self.queue.arena()[it.at..it.at + it.len]);
+            let outcome = self
+                .outlet
+                .try_seal(shared, need, now_us, |filler, target| {
+                    runs::seal_super(cut, payload, first, count, filler, target);
+                })?;
+            match outcome {
+                Outcome::Sealed | Outcome::Dropped => {}
+                Outcome::Held => {
+                    self.queue.at = it.at + it.len;
+                    self.waiting = Some(Waiting::Super(it));
+                    return Ok(());
+                }
+                Outcome::NoTunnel => {
+                    self.queue.at = it.at;
+                    self.send_up(
+                        shared,
+                        Reason::NoTunnel,
+                        (cut, first, count),
+                        it.len,
+                        now_us,
+                    )?;
+                }
+            }
+            it.first += count;
+        }
+        self.queue.at = 0;
+        Ok(())
+    }
+
+    /// Hand packets (from which on, how many) of the superpacket at `queue.at` to control, each by itself.
+    fn send_up(
+        &mut self,
+        shared: &mut Shared,
+        reason: Reason,
+        (cut, first, count): (&Cut, usize, usize),
+        len: usize,
+        now_us: u64,
+    ) -> Result<()> {
+        let whole = self.queue.last(len);
+        for number in first..first + count {
+            let size = cut.write_one(whole, number, &mut self.single);
+            let packet = &self.single[..size];
+            shared.upcalls.plain(reason, packet, now_us / 1000)?;
+        }
+        Ok(())
+    }
+}
+
+/// How many packets a superpacket of `len` bytes stands for, and their bytes.
+fn counts(cut: &Cut, len: usize) -> (usize, usize) {
+    (cut.count, len + (cut.count - 1) * cut.header_bytes)
+}
+
+/// Whom a packet, or a superpacket of `packets`, goes to. Refused: it was counted.
+#[inline]
+fn find(shared: &mut Shared, packet: &[u8], packets: usize, now_us: u64) -> Outbound {
+    let stats = &shared.stats;
+    let Ok(key) = parse_flow(packet, false) else {
+        stats.add(stats.slots.drop_tun_inner_ip, packets as u64);
+        return Outbound::Refused;
+    };
+    let verdict = shared.flows.outbound(&key, now_us / 1000);
+    if verdict == Outbound::Refused {
+        stats.add(stats.slots.drop_firewall_outgoing_no_rule, packets as u64);
+    }
+    verdict
 }
