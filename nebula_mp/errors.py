@@ -10,6 +10,7 @@ NebulaError
 │                                                        for our own files: exit 1
 ├── SystemCallError      the kernel refused              message names the device and the capability
 ├── RingError            shared memory contradicts us    worker exits, supervisor restarts it
+├── KernelError          the kernel that was asked for cannot be used: exit 1
 └── InstanceError        the running program could not be reached, or one is running already
 """
 
@@ -76,6 +77,10 @@ class RingError(NebulaError):
         super().__init__(f"{where}: {field} is {value}, expected {expected}")
         self.field = field
         self.value = value
+
+
+class KernelError(NebulaError):
+    """The accelerator is missing, does not fit this version, or gets something wrong; the message says which."""
 
 
 class InstanceError(NebulaError):

@@ -34,6 +34,7 @@ import setproctitle
 import nebula_mp
 from nebula_mp import clock, privileges
 from nebula_mp.config.model import LogLevel
+from nebula_mp.datapath import kernels
 from nebula_mp.errors import NebulaError, SystemCallError
 from nebula_mp.newtypes import Seconds
 from nebula_mp.workers import logs
@@ -97,8 +98,10 @@ def serve(checked: Checked, load: Load, log: logs.Logs, *, mains: Mapping[Role, 
             warnings = (*warnings, "mp.user: has no effect, since this was not started as root")
         for warning in warnings:
             logs.write(LogLevel.WARN, warning)
+        kernel = kernels.choose(checked.config.mp.kernel or kernels.wanted_by(os.environ))
+        kernels.get(kernel.name)  # loaded here, so that no child has to
         host, refusals = Host.open(checked, undo)
-        memory = Memory(host.workers, poison=os.environ.get(POISON) == "1")
+        memory = Memory(host.workers, kernel=kernel.name, poison=os.environ.get(POISON) == "1")
         undo.callback(memory.close)
         for warning in (*refusals, *privileges.reduce_supervisor()):
             logs.write(LogLevel.WARN, warning)
@@ -113,6 +116,7 @@ def serve(checked: Checked, load: Load, log: logs.Logs, *, mains: Mapping[Role, 
             memory,
             checked,
             load,
+            kernel=kernel,
             log=piped,
             mains=mains or real_mains(),
             account=account,
@@ -131,6 +135,7 @@ class Supervisor:
         checked: Checked,
         load: Load,
         *,
+        kernel: kernels.Chosen,
         log: logs.Logs,
         mains: Mapping[Role, Main],
         account: privileges.Account | None,
@@ -138,6 +143,7 @@ class Supervisor:
     ) -> None:
         self._host = host
         self._memory = memory
+        self._kernel = kernel
         self._log = log
         self._mains = mains
         self._account = account
@@ -233,11 +239,14 @@ class Supervisor:
                 "networks": running.networks,
                 "build": nebula_mp.__version__,
                 "udpAddr": host.udp,
-                "kernel": "python",
+                "kernel": self._kernel.name,
                 "workers": host.workers,
                 "drain": running.config.mp.drain,
             },
         )
+        if self._kernel.reason is not None:
+            level = LogLevel.WARN if self._kernel.is_fault else LogLevel.INFO
+            logs.write(level, "accelerator not used", {"reason": self._kernel.reason})
         host.say_offloads()
         notify(READY, f"STATUS=device {host.device}, listening on {host.udp}")
 

@@ -19,7 +19,8 @@ from types import FrameType
 
 from nebula_mp import cli, clock
 from nebula_mp.config.load import LoadedConfig, load_config
-from nebula_mp.config.model import WORKERS_MAX, DrainMode, MpConfig
+from nebula_mp.config.model import WORKERS_MAX, DrainMode, KernelChoice, MpConfig
+from nebula_mp.datapath import kernels
 from nebula_mp.workers.checked import Check, Checked
 from nebula_mp.workers.pki import load_pki
 
@@ -28,7 +29,6 @@ _AUTO = "auto"
 _PARTS = (
     "nebula_mp.workers.loop",
     "nebula_mp.netlink",
-    "nebula_mp.datapath.python",
     "nebula_mp.control.controller",
     "nebula_mp.supervisor",
     *(f"nebula_mp.workers.{role}" for role in ("reader", "writer", "services", "control")),
@@ -55,6 +55,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--drain", choices=[mode.value for mode in DrainMode], default=argparse.SUPPRESS,
         help="who makes the system calls for sealed and opened packets; beats mp.drain of the file",
     )  # fmt: skip
+    parser.add_argument(
+        "--kernel", choices=[choice.value for choice in KernelChoice], default=argparse.SUPPRESS,
+        help="what works on packets: the native kernel, the one in Python, or the native one where it can be"
+        " used; beats mp.kernel of the file",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
@@ -76,15 +81,15 @@ def run(arguments: argparse.Namespace) -> int:
         return _check(arguments.config, load())
     _ensure_standard_descriptors()
     try:
-        return _serve(load)
+        return _serve(load, _kernel_on(arguments))
     except KeyboardInterrupt:
         print("nebula-mp: asked to stop before it was up; what was done is undone", file=sys.stderr)
         return 0
 
 
-def _serve(load: Callable[[], LoadedConfig]) -> int:
+def _serve(load: Callable[[], LoadedConfig], kernel: KernelChoice | None) -> int:
     with _EarlySignals():
-        checked = _prepare(load)
+        checked = _prepare(load, kernel)
         # Imported by `_prepare` already; up here it would be loaded for every help text.
         from nebula_mp import supervisor  # noqa: PLC0415
         from nebula_mp.workers import logs  # noqa: PLC0415
@@ -96,11 +101,19 @@ def _serve(load: Callable[[], LoadedConfig]) -> int:
             log.close()
 
 
-def _prepare(load: Callable[[], LoadedConfig]) -> Checked:
-    """Import what a gateway consists of while the configuration is checked. Raises what is wrong there."""
+def _kernel_on(arguments: argparse.Namespace) -> KernelChoice | None:
+    """Which kernel the command line asks for, if any."""
+    return KernelChoice(arguments.kernel) if "kernel" in arguments else None
+
+
+def _prepare(load: Callable[[], LoadedConfig], kernel: KernelChoice | None) -> Checked:
+    """Import what a gateway consists of while the configuration is checked. Raises what is wrong there.
+
+    `kernel` is what the command line asks for.
+    """
     check = Check.begin(load)
     try:
-        for name in _PARTS:
+        for name in (*_PARTS, kernels.expected_module(kernel)):
             if check.refused():
                 break
             importlib.import_module(name)
@@ -127,6 +140,8 @@ def _with_options(arguments: argparse.Namespace, mp: MpConfig) -> MpConfig:
         mp = replace(mp, workers=arguments.workers)
     if "drain" in arguments:
         mp = replace(mp, drain=DrainMode(arguments.drain))
+    if (kernel := _kernel_on(arguments)) is not None:
+        mp = replace(mp, kernel=kernel)
     return mp
 
 

@@ -1,6 +1,6 @@
-"""`nebula-mp version`: the version, and what it runs on.
+"""`nebula-mp version`: the version, what it runs on, and which kernel `mp.kernel: auto` means here.
 
-Data flow: argv -> [cli.version] -> stdout
+Data flow: argv, datapath.kernels -> [cli.version] -> stdout
 """
 
 import argparse
@@ -25,17 +25,28 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(arguments: argparse.Namespace) -> int:
     """Show it; the exit code."""
+    # No other command without a configuration needs it.
+    from nebula_mp.config.model import KernelChoice  # noqa: PLC0415
+    from nebula_mp.datapath import kernels  # noqa: PLC0415
+
+    kernel = kernels.choose(KernelChoice.AUTO)
     parts = {
-        "kernel": "python",
+        "kernel": kernel.name,
         "python": platform.python_version(),
         **{name: _version(name) for name in _LIBRARIES},
     }
     if arguments.json:
-        print(json.dumps({"schema": SCHEMA, "version": __version__, **parts}))
+        print(
+            json.dumps(
+                {"schema": SCHEMA, "version": __version__, **parts, "accelerator_not_used": kernel.reason}
+            )
+        )
     else:
         print(
             f"nebula-mp {__version__} ({', '.join(f'{name} {version}' for name, version in parts.items())})"
         )
+        if kernel.reason is not None:
+            print(f"accelerator not used: {kernel.reason}")
     return 0
 
 

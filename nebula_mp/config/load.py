@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 
 from nebula_mp.config import readers, yaml_source
 from nebula_mp.config.keys import IGNORED, LATER, SWITCHES, makes_no_difference, nearest, nearest_key
-from nebula_mp.config.model import WORKERS_MAX, Config, DrainMode, LogLevel, RecvErrorPolicy
+from nebula_mp.config.model import WORKERS_MAX, Config, DrainMode, KernelChoice, LogLevel, RecvErrorPolicy
 from nebula_mp.config.readers import Field, Reader, Unusable
 from nebula_mp.config.report import Place, Report, path_shown
 from nebula_mp.config.rules import firewall_rules
@@ -140,6 +140,7 @@ READERS: Mapping[str, Reader] = {
     "mp.run_dir": readers.absolute_path,
     "mp.workers": _workers,
     "mp.drain": readers.choice({mode.value: mode for mode in DrainMode}),
+    "mp.kernel": readers.choice({choice.value: choice for choice in KernelChoice}),
     "mp.user": _user,
     "mp.offload.tso": readers.boolean,
     "mp.offload.uso": readers.boolean,

@@ -160,6 +160,14 @@ class DrainMode(StrEnum):
     READER = "reader"  # the writer only steps in
 
 
+class KernelChoice(StrEnum):
+    """`mp.kernel`: which implementation of `datapath.api.Kernel` carries packets."""
+
+    AUTO = "auto"  # the native one if it can be used here
+    PYTHON = "python"
+    RUST = "rust"  # or no start at all
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offloads:
     """Kernel features that move many packets with one call: those asked for, or those that were granted."""
@@ -187,6 +195,7 @@ class MpConfig:
     run_dir: str = "/run/nebula-mp"
     workers: int | None = None  # None: `auto`
     drain: DrainMode = DrainMode.AUTO
+    kernel: KernelChoice | None = None  # None: what NEBULA_MP_KERNEL of the environment says, else `auto`
     user: str | None = None  # whom the children run as when we are root; None: nebula-mp, else nobody
     offload: Offloads = field(default_factory=Offloads)
 

@@ -393,7 +393,7 @@ class Control:
             "version": nebula_mp.__version__,
             "device": self._parts.device,
             "listen": str(self._udp.local),
-            "kernel": "python",
+            "kernel": self._parts.kernel,
             "offloads": asdict(self._parts.offloads),
             "mtu_bytes": self._config.tun.mtu,
             "sources": list(self._checked.sources),

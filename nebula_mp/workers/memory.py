@@ -60,9 +60,10 @@ _ROWS_PER_READ: Final = 8192
 class Memory:
     """Make it before the first fork; `close` when no child is left."""
 
-    def __init__(self, workers: int, *, poison: bool = False) -> None:
-        """`poison` overwrites released areas, for tests. Raises SystemCallError."""
+    def __init__(self, workers: int, *, kernel: str, poison: bool = False) -> None:
+        """`kernel` works on all of it; `poison` overwrites released areas, for tests. Raises SystemCallError."""
         self.workers = workers
+        self._kernel = kernel
         self._poison = poison
         self._closing = ExitStack()
         with ExitStack() as undo:
@@ -157,6 +158,7 @@ class Memory:
             number=0,
             start=start,
             device=host.device,
+            kernel=self._kernel,
             stats=self._pages["control"].descriptor,
             log=self.log_sink,
             logging=checked.config.logging,
@@ -200,6 +202,7 @@ class Memory:
             number=0,
             start=start,
             device=host.device,
+            kernel=self._kernel,
             stats=self._pages["services"].descriptor,
             log=self.log_sink,
             logging=checked.config.logging,
@@ -218,6 +221,7 @@ class Memory:
             number=number,
             start=start,
             device=host.device,
+            kernel=self._kernel,
             stats=self._pages[f"reader/{number}"].descriptor,
             log=self.log_sink,
             logging=checked.config.logging,
@@ -287,6 +291,7 @@ class Memory:
             number=number,
             start=start,
             device=host.device,
+            kernel=self._kernel,
             stats=self._pages[f"writer/{number}"].descriptor,
             log=self.log_sink,
             logging=checked.config.logging,

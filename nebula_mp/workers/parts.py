@@ -61,6 +61,7 @@ class Parts:
     number: int  # of the worker; 0 for control and services
     start: int  # number of this start, 1 and up, never used twice: the generation in a lease
     device: str
+    kernel: str  # for `datapath.kernels.get`; the same for all of them
     stats: Fd  # its own page, writable
     log: Fd  # write end of the log's pipe, non-blocking
     logging: LoggingConfig

@@ -13,7 +13,7 @@ _RESTART_ONLY: dict[str, tuple[str, ...]] = {
     "": ("cipher", "handshakes", "routines"),
     "listen": ("host", "port"),
     "tun": ("dev", "tx_queue", "drop_local_broadcast", "drop_multicast"),
-    "mp": ("run_dir", "workers", "drain", "user", "offload"),
+    "mp": ("run_dir", "workers", "drain", "kernel", "user", "offload"),
 }
 
 
