@@ -80,7 +80,7 @@ class RingError(NebulaError):
 
 
 class KernelError(NebulaError):
-    """The accelerator is missing, does not fit this version, or gets something wrong; the message says which."""
+    """The accelerator is missing, does not fit this version, or errs; the message says what."""
 
 
 class InstanceError(NebulaError):

@@ -98,7 +98,7 @@ def serve(checked: Checked, load: Load, log: logs.Logs, *, mains: Mapping[Role, 
             warnings = (*warnings, "mp.user: has no effect, since this was not started as root")
         for warning in warnings:
             logs.write(LogLevel.WARN, warning)
-        kernel = kernels.choose(checked.config.mp.kernel or kernels.wanted_by(os.environ))
+        kernel = kernels.choose(kernels.wanted(checked.config.mp, os.environ))
         kernels.get(kernel.name)  # loaded here, so that no child has to
         host, refusals = Host.open(checked, undo)
         memory = Memory(host.workers, kernel=kernel.name, poison=os.environ.get(POISON) == "1")

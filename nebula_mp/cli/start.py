@@ -112,11 +112,13 @@ def _prepare(load: Callable[[], LoadedConfig], kernel: KernelChoice | None) -> C
     `kernel` is what the command line asks for.
     """
     check = Check.begin(load)
+    loads: list[Callable[[], object]] = [partial(importlib.import_module, name) for name in _PARTS]
+    loads.append(partial(kernels.preload, kernel))
     try:
-        for name in (*_PARTS, kernels.expected_module(kernel)):
+        for load_part in loads:
             if check.refused():
                 break
-            importlib.import_module(name)
+            load_part()
         return check.finish()
     finally:
         check.close()
@@ -147,6 +149,7 @@ def _with_options(arguments: argparse.Namespace, mp: MpConfig) -> MpConfig:
 
 def _check(path: Path, loaded: LoadedConfig) -> int:
     """Check what can be checked without touching the host. Raises NebulaError."""
+    kernels.choose(kernels.wanted(loaded.config.mp, os.environ))
     own = load_pki(loaded.config.pki, clock.wall_s())
     for warning in (*loaded.warnings, *own.warnings):
         print(f"warning: {warning}", file=sys.stderr)

@@ -1,9 +1,10 @@
 """Which kernel carries packets: the native one where it can be used, else the one in Python.
 
-Data flow: mp.kernel | NEBULA_MP_KERNEL -> `choose` -> name -> workers.parts -> [kernels] `get` -> datapath.api.Kernel
-Decided once, in the supervisor and before its first fork: the one kernel counts under record locks and the
-other by atomic instructions, so all processes of an instance have the same one. Only what was chosen is loaded:
-who runs on the native kernel never has numpy in its memory. Knows names and reasons; knows nothing of packets.
+Data flow: mp.kernel | NEBULA_MP_KERNEL -> [kernels] `choose` -> name -> workers.parts
+           -> [kernels] `get` -> datapath.api.Kernel
+Decided once, in the supervisor and before its first fork: one kernel counts under record locks and the other
+by atomic instructions, so all processes of an instance have the same one. Only what was chosen is loaded: who
+runs on the native kernel never has numpy in its memory. Knows names and reasons; knows nothing of packets.
 Source: docs/architecture.md, "The kernel: one interface, two implementations".
 
 | wanted   | the accelerator is             | then                                            |
@@ -22,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, cast
 
-from nebula_mp.config.model import KernelChoice
+from nebula_mp.config.model import KernelChoice, MpConfig
 from nebula_mp.datapath.api import Kernel
 from nebula_mp.errors import ConfigError, KernelError
 
@@ -46,8 +47,10 @@ class Chosen:
     is_fault: bool = False  # the accelerator is there and cannot be used
 
 
-def wanted_by(environment: Mapping[str, str]) -> KernelChoice:
-    """Read what the environment says. Raises ConfigError."""
+def wanted(settings: MpConfig, environment: Mapping[str, str]) -> KernelChoice:
+    """Say which kernel to choose: as configured, else as the environment has it. Raises ConfigError."""
+    if settings.kernel is not None:
+        return settings.kernel
     text = environment.get(ENVIRONMENT) or KernelChoice.AUTO
     try:
         return KernelChoice(text)
@@ -56,15 +59,15 @@ def wanted_by(environment: Mapping[str, str]) -> KernelChoice:
         raise ConfigError(f'{ENVIRONMENT}: found "{text}", expected one of {expected}') from None
 
 
-def choose(wanted: KernelChoice) -> Chosen:
+def choose(choice: KernelChoice) -> Chosen:
     """Settle on a kernel; the native one is loaded and tested for that. Raises KernelError."""
-    if wanted is KernelChoice.PYTHON:
+    if choice is KernelChoice.PYTHON:
         return Chosen(PYTHON)
     installed = is_installed()
     reason = _why_unusable() if installed else _NOT_INSTALLED
     if reason is None:
         return Chosen(RUST)
-    if wanted is KernelChoice.RUST:
+    if choice is KernelChoice.RUST:
         raise KernelError(
             f"the native kernel was asked for and cannot be used: {reason}."
             " Next: install nebula_mp again where there are cargo and a C compiler, or say --kernel auto"
@@ -83,10 +86,15 @@ def is_installed() -> bool:
     return importlib.util.find_spec(_EXTENSION) is not None
 
 
-def expected_module(wanted: KernelChoice | None) -> str:
-    """Which module a start will most likely need, while it is not known yet what the configuration says."""
-    is_native = wanted is not KernelChoice.PYTHON and is_installed()
-    return _MODULES[RUST if is_native else PYTHON]
+def preload(choice: KernelChoice | None) -> None:
+    """Load what a start will most likely need, while it is not known yet what the configuration says.
+
+    `choice`: what the command line says. What goes wrong with the accelerator is left to `choose`.
+    """
+    if choice is KernelChoice.PYTHON or not is_installed():
+        importlib.import_module(_MODULES[PYTHON])
+    else:
+        _why_unusable()
 
 
 def _why_unusable() -> str | None:

@@ -23,6 +23,7 @@ from nebula_mp.config.model import Config, LogLevel
 from nebula_mp.control.actions import Action, HandOver, LogEvent, SendDatagram, WriteTun
 from nebula_mp.control.controller import Controller, HostStatus
 from nebula_mp.control.plane import Opened
+from nebula_mp.datapath import kernels
 from nebula_mp.datapath.api import CounterFds, Upcall, UpcallReason, take_upcalls
 from nebula_mp.errors import NebulaError, RingError, SystemCallError
 from nebula_mp.ioctl_tun import TunDevice, TunLostError, WriteFault
@@ -45,7 +46,6 @@ from nebula_mp.workers.pki import Pki
 from nebula_mp.workers.resolver import known_remotes
 from nebula_mp.workers.spawn import CRASHED
 from nebula_mp.workers.tables import ShmPlane
-from nebula_mp.workers.worker_loop import KERNEL
 
 _AREAS_PER_TURN = 4  # of each upcall ring, so that handshakes and timers have their turn in a flood
 _BEAT_S = 0.25  # the supervisor takes a process for stuck that does nothing for 2 s
@@ -77,7 +77,8 @@ class Control:
         self._udp = UdpSocket(socket.socket(fileno=parts.udp), coalesces=parts.offloads.udp_gro)
         self._tuns = _queues(parts.tuns, parts)
         fds = parts.tables
-        counters = KERNEL.send_counters(CounterFds(fds.send, fds.spans, fds.seal_states, fds.locks))
+        kernel = kernels.get(parts.kernel)
+        counters = kernel.send_counters(CounterFds(fds.send, fds.spans, fds.seal_states, fds.locks))
         self._plane = ShmPlane(fds, parts.owners, counters=counters, clock=clock.monotonic)
         self._controller = Controller(
             self._config, pki.identity, pki.pool, clock.entropy, plane=self._plane, now=clock.now()

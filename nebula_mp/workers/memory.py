@@ -61,7 +61,10 @@ class Memory:
     """Make it before the first fork; `close` when no child is left."""
 
     def __init__(self, workers: int, *, kernel: str, poison: bool = False) -> None:
-        """`kernel` works on all of it; `poison` overwrites released areas, for tests. Raises SystemCallError."""
+        """`kernel` is the one of all children. `poison` overwrites released areas, for tests.
+
+        Raises SystemCallError.
+        """
         self.workers = workers
         self._kernel = kernel
         self._poison = poison

@@ -24,6 +24,7 @@ from typing import Final
 
 from nebula_mp import clock
 from nebula_mp.config.model import DrainMode
+from nebula_mp.datapath import kernels
 from nebula_mp.datapath.api import Drain
 from nebula_mp.errors import RingError
 from nebula_mp.newtypes import Seconds
@@ -35,7 +36,6 @@ from nebula_mp.workers.parts import ReaderParts, stranger_lock
 from nebula_mp.workers.worker_loop import (
     BELT_MS,
     BOOKS_EVERY,
-    KERNEL,
     CpuMeter,
     FinishSignal,
     GivenUp,
@@ -110,7 +110,7 @@ class _Loop:
         self._stats = StatsPage(parts.stats, writable=True)
         self._bell = Bell(parts.bell)
         _become_consumer(parts)
-        self._reader = KERNEL.reader(
+        self._reader = kernels.get(parts.kernel).reader(
             parts.tun,
             parts.udp,
             parts.memory,

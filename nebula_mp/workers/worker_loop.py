@@ -12,8 +12,8 @@ from typing import Final
 
 from nebula_mp import clock
 from nebula_mp.config.model import LogLevel
-from nebula_mp.datapath.api import Drain, Kernel, RingEnd
-from nebula_mp.datapath.python import PythonKernel
+from nebula_mp.datapath import kernels
+from nebula_mp.datapath.api import Drain, RingEnd
 from nebula_mp.errors import RingError
 from nebula_mp.newtypes import Seconds
 from nebula_mp.shm import Mapping
@@ -23,8 +23,6 @@ from nebula_mp.shm_table import ROWS_MAX, TUNNEL_ROW, TUNNELS, row_count
 from nebula_mp.workers import logs
 from nebula_mp.workers.parts import Fd, Parts, ReaderParts, WriterParts, open_lock, seal_lock
 from nebula_mp.workers.spawn import DESCRIPTOR_LOST, FINISHED, RING_CONTRADICTION
-
-KERNEL: Final[Kernel] = PythonKernel()
 
 BELT_MS: Final = 500
 """The longest sleep: so a worker shows that it lives, and a wake-up that got lost costs no more."""
@@ -96,9 +94,10 @@ def attach_drains(parts: ReaderParts | WriterParts, tunnels: Fd) -> tuple[Drain,
     holder = holder_word(os.getpid(), parts.start)
     seal = RingEnd(parts.seal_ring, f"seal/{number}", locks, seal_lock(number), holder, rows)
     opened = RingEnd(parts.open_ring, f"open/{number}", locks, open_lock(number), holder, rows)
+    kernel = kernels.get(parts.kernel)
     return (
-        KERNEL.drain_udp(seal, parts.udp, tunnels=tunnels, stats=parts.stats, offloads=parts.offloads),
-        KERNEL.drain_tun(opened, parts.tun, stats=parts.stats, offloads=parts.offloads),
+        kernel.drain_udp(seal, parts.udp, tunnels=tunnels, stats=parts.stats, offloads=parts.offloads),
+        kernel.drain_tun(opened, parts.tun, stats=parts.stats, offloads=parts.offloads),
     )
 
 

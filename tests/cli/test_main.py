@@ -11,6 +11,8 @@ import pytest
 
 from nebula_mp import __version__, cli
 from nebula_mp.cli import build_parser, main, version
+from nebula_mp.config.model import KernelChoice
+from nebula_mp.datapath import kernels
 from nebula_mp.errors import CertError, ConfigError, InstanceError, NebulaError, SystemCallError
 
 
@@ -152,9 +154,11 @@ def test_nothing_heavy_is_loaded_to_answer_a_simple_question(words: list[str]) -
 
 def test_version_names_the_kernel_and_the_libraries(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["version"]) == 0
-    line = capsys.readouterr().out
+    line, *more = capsys.readouterr().out.splitlines()
 
-    assert line.startswith(f"nebula-mp {__version__} (kernel python, python 3.")
+    kernel = kernels.choose(KernelChoice.AUTO)
+    assert line.startswith(f"nebula-mp {__version__} (kernel {kernel.name}, python 3.")
+    assert more == ([] if kernel.reason is None else [f"accelerator not used: {kernel.reason}"])
     for library in ("cryptography", "protobuf", "uvloop", "pyroute2", "python-pytun"):
         assert f"{library} " in line
     assert "missing" not in line
@@ -164,4 +168,6 @@ def test_version_as_json_has_a_schema(capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["version", "--json"]) == 0
 
     answer = json.loads(capsys.readouterr().out)
-    assert (answer["schema"], answer["version"], answer["kernel"]) == (1, __version__, "python")
+    kernel = kernels.choose(KernelChoice.AUTO)
+    assert (answer["schema"], answer["version"], answer["kernel"]) == (1, __version__, kernel.name)
+    assert answer["accelerator_not_used"] == kernel.reason

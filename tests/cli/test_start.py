@@ -21,7 +21,7 @@ from nebula_mp.cert.codec import encode_pem
 from nebula_mp.cert.keys import encode_private_key
 from nebula_mp.cli import main, start
 from nebula_mp.config.load import LoadedConfig, load_config
-from nebula_mp.config.model import DrainMode, ListenConfig
+from nebula_mp.config.model import DrainMode, KernelChoice, ListenConfig
 from nebula_mp.errors import InstanceError, NebulaError, SystemCallError
 from nebula_mp.newtypes import CertVersion
 from nebula_mp.workers.checked import Check
@@ -115,6 +115,8 @@ def test_without_a_configuration_it_is_a_usage_error(capsys: pytest.CaptureFixtu
         (["--workers", "64"], {"workers": 64}),
         (["--workers", "auto"], {"workers": None}),
         (["--drain", "reader"], {"drain": DrainMode.READER}),
+        (["--kernel", "rust"], {"kernel": KernelChoice.RUST}),
+        (["--kernel=auto"], {"kernel": KernelChoice.AUTO}),
         (["--workers=3", "--drain=auto"], {"workers": 3, "drain": DrainMode.AUTO}),
     ],
 )
@@ -126,11 +128,14 @@ def test_an_option_beats_the_key_of_the_file(
     config: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    text = config.read_text().replace("mp: {", "mp: {workers: 7, drain: writer, user: nebula, ")
+    text = config.read_text().replace(
+        "mp: {", "mp: {workers: 7, drain: writer, kernel: python, user: nebula, "
+    )
     config.write_text(text)
     loads: list[Callable[[], LoadedConfig]] = []
 
-    def instead(load: Callable[[], LoadedConfig]) -> int:
+    def instead(load: Callable[[], LoadedConfig], kernel: KernelChoice | None) -> int:
+        assert kernel is changes.get("kernel")
         loads.append(load)
         return 0
 
@@ -144,6 +149,7 @@ def test_an_option_beats_the_key_of_the_file(
 
     in_file = load_config(config).config.mp
     assert (in_file.workers, in_file.drain, in_file.user) == (7, DrainMode.WRITER, "nebula")
+    assert in_file.kernel is KernelChoice.PYTHON
     assert [load().config.mp for load in loads] == [replace(in_file, **changes)]
 
 
@@ -155,6 +161,7 @@ def test_an_option_beats_the_key_of_the_file(
         (["--workers", "many"], "'many' is neither auto nor a number from 1 to 64"),
         (["--workers", "-1"], "--workers"),
         (["--drain", "both"], "invalid choice: 'both'"),
+        (["--kernel", "go"], "invalid choice: 'go'"),
     ],
 )
 def test_an_option_with_a_wrong_value_is_a_usage_error(

@@ -330,6 +330,11 @@ CASES = [
         id="drain: misspelt",
     ),
     pytest.param(
+        PKI + "mp: {kernel: rusty}\n",
+        ['2:14: mp.kernel: found "rusty", expected one of auto, python, rust; did you mean rust?'],
+        id="kernel: misspelt",
+    ),
+    pytest.param(
         PKI + "mp: {user: two words}\n",
         ['2:12: mp.user: found "two words", expected the name of a user'],
         id="user: two words",

@@ -437,7 +437,7 @@ class Rig:
         self._undo = undo
         self.peer = Peer(host=host)
         undo.callback(self.peer.socket.close)
-        self.memory = Memory(WORKERS)
+        self.memory = Memory(WORKERS, kernel="python")
         undo.callback(self.memory.close)
         self.steering, _ = SteeringGroup.open(ListenConfig(host=host), WORKERS, coalesce=offloads.udp_gro)
         undo.callback(self.steering.close)

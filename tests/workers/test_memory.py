@@ -45,7 +45,7 @@ class Shared:
     """The memory of two workers, on a host of which only the descriptors are real."""
 
     def __init__(self, closing: ExitStack) -> None:
-        self.memory = Memory(WORKERS, poison=True)
+        self.memory = Memory(WORKERS, kernel="python", poison=True)
         closing.callback(self.memory.close)
         self.sockets = [closing.enter_context(socket.socket(type=socket.SOCK_DGRAM)) for _ in range(6)]
         steering = SimpleNamespace(
@@ -484,7 +484,7 @@ def test_the_limit_of_descriptors_is_raised_as_far_as_needed(monkeypatch: pytest
     assert hard == 1 << 20
     with ExitStack() as closing:
         before = len(open_now())
-        closing.callback(Memory(8).close)
+        closing.callback(Memory(8, kernel="python").close)
         assert len(open_now()) - before + 64 <= soft
 
 
@@ -496,6 +496,6 @@ def test_a_failure_half_way_closes_what_was_made(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(memories, "channel_pair", refused)
 
     with pytest.raises(SystemCallError):
-        Memory(1)
+        Memory(1, kernel="python")
 
     assert open_now() == before

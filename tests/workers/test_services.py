@@ -96,6 +96,7 @@ class Gateway:
             number=0,
             start=start,
             device="nebula1",
+            kernel="python",
             stats=self.page.descriptor,
             log=self.log,
             logging=checked.config.logging,

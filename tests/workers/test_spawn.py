@@ -44,6 +44,7 @@ class Nursery:
             number=0,
             start=1,
             device="nebula1",
+            kernel="python",
             stats=page.descriptor,
             log=sink,
             logging=LoggingConfig(disable_timestamp=True),
