@@ -106,13 +106,14 @@ assert all(
     if name.endswith(".packets")
 )
 
-_DIGEST = int.from_bytes(hashlib.sha256("\n".join(NAMES).encode()).digest()[:8], "little")
+DIGEST = int.from_bytes(hashlib.sha256("\n".join(NAMES).encode()).digest()[:8], "little")
+"""What a page says of the names it was made for."""
 
 
 def create_page(name: str) -> Region:
     """Make a page of zeros for the process called `name`; before the fork. Raises SystemCallError."""
     assert HEADER_WORDS + len(NAMES) <= PAGE_BYTES // 8
-    return Region.create(LAYOUT, PAGE_BYTES, (len(NAMES), _DIGEST), name=name)
+    return Region.create(LAYOUT, PAGE_BYTES, (len(NAMES), DIGEST), name=name)
 
 
 class StatsPage:
@@ -126,7 +127,7 @@ class StatsPage:
         Raises RingError when the page was made for other names.
         """
         mapping = Mapping(descriptor, LAYOUT, writable=writable, name=name)
-        made_for, ours = mapping.parameters[:2], (len(NAMES), _DIGEST)
+        made_for, ours = mapping.parameters[:2], (len(NAMES), DIGEST)
         if made_for != ours or mapping.size_bytes != PAGE_BYTES:
             raise mapping.contradiction("set of names", made_for, f"{ours}")
         self._words = mapping.words[HEADER_WORDS : HEADER_WORDS + len(NAMES)]

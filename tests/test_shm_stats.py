@@ -143,8 +143,8 @@ def test_a_successor_goes_on_where_a_killed_process_stopped(keep: Keep) -> None:
 @pytest.mark.parametrize(
     "parameters",
     [
-        pytest.param((len(NAMES) + 1, shm_stats._DIGEST), id="one more name"),
-        pytest.param((len(NAMES), shm_stats._DIGEST ^ 1), id="other names"),
+        pytest.param((len(NAMES) + 1, shm_stats.DIGEST), id="one more name"),
+        pytest.param((len(NAMES), shm_stats.DIGEST ^ 1), id="other names"),
     ],
 )
 def test_a_page_made_for_other_names_is_refused(keep: Keep, parameters: tuple[int, int]) -> None:
@@ -155,7 +155,7 @@ def test_a_page_made_for_other_names_is_refused(keep: Keep, parameters: tuple[in
 
 
 def test_a_page_of_another_size_is_refused(keep: Keep) -> None:
-    region = Region.create(shm_stats.LAYOUT, 2 * PAGE_BYTES, (len(NAMES), shm_stats._DIGEST))
+    region = Region.create(shm_stats.LAYOUT, 2 * PAGE_BYTES, (len(NAMES), shm_stats.DIGEST))
 
     with pytest.raises(RingError, match="set of names"):
         StatsPage(region.read_only, writable=False)

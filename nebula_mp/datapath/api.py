@@ -346,8 +346,9 @@ class Drain(Protocol):
     is released when the last call on it has returned.
     """
 
-    given_up: str | None
-    """What was granted and then refused in use, and is done without from then on; None if nothing was."""
+    @property
+    def given_up(self) -> str | None:
+        """What was granted and then refused in use, and is done without from then on; None if nothing was."""
 
     @property
     def areas(self) -> int:

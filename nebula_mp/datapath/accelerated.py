@@ -1,0 +1,165 @@
+"""The native kernel behind the same Protocol, where it is installed.
+
+Data flow: workers -> [NativeKernel] -> nebula_mp._accel, over the shared regions it attaches to
+Knows how values are handed over; every packet is Rust's from descriptor to ring. Importing this module
+raises ImportError where the accelerator is missing or belongs to another version of this program.
+
+All processes of an instance use one kernel: it counts with atomic instructions what Python's counts under
+record locks, and the two do not exclude each other.
+"""
+
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+from nebula_mp import _accel
+from nebula_mp.config.model import Offloads
+from nebula_mp.datapath.api import CounterFds, ReaderMemory, RingEnd, UpcallLimits
+from nebula_mp.newtypes import Buffer, Counter, IPNetwork, Seconds
+from nebula_mp.shm import LockFile, Mapping
+from nebula_mp.shm_counters import Refusal, SendCounters
+from nebula_mp.shm_ring import STATE, TAIL, Bell
+from nebula_mp.shm_stats import DIGEST, NAMES
+from nebula_mp.shm_table import SEND, SPAN
+
+ABI: Final = 1
+"""What the accelerator must say of itself."""
+
+if _accel.ABI != ABI:
+    raise ImportError(f"nebula_mp._accel is version {_accel.ABI}, and {ABI} is needed: build it again")
+
+FEATURES: Final = _accel.FEATURES
+"""Which library seals, and whether this processor's AVX2 is used."""
+
+
+class _Names(NamedTuple):
+    names: tuple[str, ...]
+    digest: int
+
+
+_NAMES: Final = _Names(NAMES, DIGEST)
+
+
+class NativeSealer:
+    """A `datapath.api.Sealer`."""
+
+    def __init__(self, native: _accel.Reader, clock: Callable[[], Seconds]) -> None:
+        self.waiting = native.seal_waiting
+        self._native = native
+        self._poll = native.seal_poll
+        self._clock = clock
+
+    @property
+    def is_holding(self) -> bool:
+        """As `Sealer.is_holding`."""
+        return self._native.seal_holding
+
+    def poll(self, budget: int) -> int:
+        """As `Sealer.poll`."""
+        return self._poll(budget, int(self._clock() * 1e6))
+
+
+class NativeOpener:
+    """A `datapath.api.Opener`."""
+
+    def __init__(self, native: _accel.Reader, clock: Callable[[], Seconds]) -> None:
+        self.waiting = native.open_waiting
+        self._poll = native.open_poll
+        self._clock = clock
+
+    def poll(self, budget: int) -> int:
+        """As `Opener.poll`."""
+        return self._poll(budget, int(self._clock() * 1e6))
+
+
+class NativeReader:
+    """A `datapath.api.Reader`."""
+
+    def __init__(self, native: _accel.Reader, clock: Callable[[], Seconds]) -> None:
+        self.sealer = NativeSealer(native, clock)
+        self.opener = NativeOpener(native, clock)
+        self.sweep = native.sweep
+
+
+class NativeSendCounters(SendCounters):
+    """Control's counters, taken with the same instructions as the native readers take theirs."""
+
+    def __init__(self, memory: CounterFds) -> None:
+        states = [
+            Mapping(each, STATE, writable=False, name=f"seal/{n}")
+            for n, each in enumerate(memory.seal_states)
+        ]
+        super().__init__(
+            Mapping(memory.send, SEND, writable=True),
+            LockFile(memory.locks),
+            [Mapping(each, SPAN, writable=False, name=str(n)) for n, each in enumerate(memory.spans)],
+            None,
+            lambda worker: states[worker].words[TAIL],
+        )
+        self._native = _accel.SendCounters(memory.send, memory.spans, memory.seal_states)
+
+    def reserve(
+        self, row: int, generation: int, count: int, area: int | None = None, *, regardless: bool = False
+    ) -> Counter | Refusal:
+        """As `SendCounters.reserve`, which never finds the counter busy."""
+        found = self._native.reserve(row, generation, count, area, regardless=regardless)
+        if isinstance(found, str):
+            return Refusal(found)
+        self.beyond_span = self._native.beyond_span
+        return Counter(found)
+
+
+class NativeKernel:
+    """A `datapath.api.Kernel`."""
+
+    name = "rust"
+
+    def reader(
+        self,
+        tun_fd: int,
+        udp_fd: int,
+        memory: ReaderMemory,
+        *,
+        overlay: tuple[IPNetwork, ...],
+        clock: Callable[[], Seconds],
+        limits: UpcallLimits,
+        offloads: Offloads,
+        poison: bool = False,
+    ) -> NativeReader:
+        """As `Kernel.reader`."""
+        native = _accel.Reader(
+            tun_fd,
+            udp_fd,
+            memory,
+            names=_NAMES,
+            overlay=[(network.network_address.packed, network.prefixlen) for network in overlay],
+            limits=limits,
+            offloads=offloads,
+            poison=poison,
+        )
+        return NativeReader(native, clock)
+
+    def drain_udp(
+        self, end: RingEnd, udp_fd: int, *, tunnels: int, stats: int, offloads: Offloads
+    ) -> _accel.UdpDrain:
+        """As `Kernel.drain_udp`."""
+        return _accel.UdpDrain(end, udp_fd, tunnels=tunnels, page=stats, names=_NAMES, offloads=offloads)
+
+    def drain_tun(self, end: RingEnd, tun_fd: int, *, stats: int, offloads: Offloads) -> _accel.TunDrain:
+        """As `Kernel.drain_tun`."""
+        return _accel.TunDrain(end, tun_fd, page=stats, names=_NAMES, offloads=offloads)
+
+    def send_counters(self, memory: CounterFds) -> NativeSendCounters:
+        """As `Kernel.send_counters`."""
+        return NativeSendCounters(memory)
+
+    def bell_wait(self, bell: Bell, limit_ms: int) -> bool:
+        """As `Kernel.bell_wait`."""
+        return bell.wait(limit_ms)
+
+    def bell_ring(self, bell: Bell) -> None:
+        """As `Kernel.bell_ring`."""
+        bell.ring()
+
+    def checksum(self, data: Buffer) -> int:
+        """As `Kernel.checksum`."""
+        return _accel.checksum(data)
