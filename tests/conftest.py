@@ -1,6 +1,8 @@
-"""What holds for every test: quick ones first, how long hypothesis searches, no skipping in CI."""
+"""What holds for every test: quick ones first, how long hypothesis searches, no skipping in CI, both kernels."""
 
+import importlib.util
 import os
+import shutil
 from collections.abc import Sequence
 
 import pytest
@@ -25,8 +27,11 @@ settings.register_profile(
 settings.load_profile("tests")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Order: unit tests, simulated networks, network namespaces; so a small mistake shows in seconds."""
+    if not is_native_built():
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("native")])
+        items[:] = [item for item in items if not item.get_closest_marker("native")]
     items.sort(key=_rank)
     try:
         require_root_and_iproute()
@@ -74,6 +79,28 @@ class SkippingFails:
                 terminalreporter.line(line)
 
 
+class NativeMissing:
+    """Says that the native kernel was not tested; where it has to be, that makes a session fail."""
+
+    def __init__(self, *, fails: bool) -> None:
+        self._fails = fails
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self._fails and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        terminalreporter.section("the native kernel is not built", red=self._fails, yellow=not self._fails)
+        why = ", which counts as failed where cargo is there to build it" if self._fails else ""
+        terminalreporter.line(f"its tests were left out{why}")
+
+
+def is_native_built() -> bool:
+    """Whether there is an accelerator to test."""
+    return importlib.util.find_spec("nebula_mp._accel") is not None
+
+
 def may_skip(environment: Sequence[str] = ("CI", "NEBULA_MP_NO_SKIP")) -> bool:
     """Whether this run is one in which a test that lacks what it needs may be skipped."""
     return not any(os.environ.get(name, "0").lower() not in {"", "0", "false"} for name in environment)
@@ -81,5 +108,10 @@ def may_skip(environment: Sequence[str] = ("CI", "NEBULA_MP_NO_SKIP")) -> bool:
 
 def pytest_configure(config: pytest.Config) -> None:
     is_xdist_worker = hasattr(config, "workerinput")  # its reports reach the controlling process
-    if not is_xdist_worker and not may_skip():
+    if is_xdist_worker:
+        return
+    if not may_skip():
         config.pluginmanager.register(SkippingFails(), "skipping-fails")
+    if not is_native_built():
+        fails = not may_skip() and shutil.which("cargo") is not None
+        config.pluginmanager.register(NativeMissing(fails=fails), "native-missing")

@@ -86,3 +86,42 @@ def test_without_root_a_test_that_needs_it_is_left_out_with_the_reason(tmp_path:
 
     assert "1 skipped" in done.stdout
     assert "network namespaces need root" in done.stdout
+
+
+NATIVE = "import pytest\ndef test_any(): pass\n@pytest.mark.native\ndef test_native(): pass\n"
+UNBUILT = "import sys\nsys.modules['nebula_mp._accel'] = None\n"
+
+
+@pytest.fixture
+def unbuilt(tmp_path: Path) -> Path:
+    """A folder whose sessions find no accelerator, and a cargo."""
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = native\n")
+    (tmp_path / "unbuilt.py").write_text(UNBUILT)
+    (tmp_path / "cargo").write_text("")
+    (tmp_path / "cargo").chmod(0o755)
+    return tmp_path
+
+
+def test_where_the_native_kernel_is_not_built_its_tests_are_left_out_and_a_line_says_so(
+    unbuilt: Path,
+) -> None:
+    done = run_session(unbuilt, NATIVE, "-p", "unbuilt", PATH=str(unbuilt))
+
+    assert done.returncode == 0
+    assert "the native kernel is not built" in done.stdout
+    assert "1 passed, 1 deselected" in done.stdout
+
+
+def test_in_ci_that_is_a_failure_where_it_could_have_been_built(unbuilt: Path) -> None:
+    done = run_session(unbuilt, NATIVE, "-p", "unbuilt", PATH=str(unbuilt), CI="true")
+
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED
+    assert "counts as failed where cargo is there to build it" in done.stdout
+
+
+def test_in_ci_without_cargo_it_is_none(unbuilt: Path) -> None:
+    (unbuilt / "cargo").unlink()
+
+    done = run_session(unbuilt, NATIVE, "-p", "unbuilt", PATH=str(unbuilt), CI="true")
+
+    assert done.returncode == 0

@@ -61,7 +61,7 @@ class Inlet:
 
 def rounds(site: Site, plan: Plan, offloads: Offloads) -> list[float]:
     """Microseconds for each batch; the counters go on."""
-    opener = site.reader(poison=False).opener
+    opener = site.python_reader(poison=False).opener
     ring = site.open_ring()
     packets = plan.packets()
     counter = 3

@@ -18,10 +18,11 @@ from typing import Any, Final
 from nebula_mp.config.model import Offloads
 from nebula_mp.crypto.aead import TAG_BYTES, Aead
 from nebula_mp.datapath.api import Sealer
+from nebula_mp.datapath.python import PythonKernel
 from nebula_mp.newtypes import Cipher
 from nebula_mp.shm_ring import AREAS
 from nebula_mp.wire.header import HEADER_BYTES
-from tests.datapath.sites import KERNEL, KEY_OUT, OVERLAY, Site, connect
+from tests.datapath.sites import KEY_OUT, OVERLAY, Site, connect
 from tests.datapath.superpackets import TIMESTAMPS, Plan
 from tests.support.packets import TCP, UDP
 
@@ -83,15 +84,19 @@ class Device:
 
 def sealer_of(site: Site) -> Sealer:
     """Attach as a reader does, without poison."""
-    return KERNEL.reader(
-        site.tun_fd,
-        site.udp[0].fileno(),
-        site.memory(),
-        overlay=OVERLAY,
-        clock=site.clock,
-        limits=site.limits,
-        offloads=Offloads(),
-    ).sealer
+    return (
+        PythonKernel()
+        .reader(
+            site.tun_fd,
+            site.udp[0].fileno(),
+            site.memory(),
+            overlay=OVERLAY,
+            clock=site.clock,
+            limits=site.limits,
+            offloads=Offloads(),
+        )
+        .sealer
+    )
 
 
 def polls(reads: Reads) -> tuple[int, list[float]]:

@@ -1,4 +1,4 @@
-"""Batches as the kernel joins them, put before an opener, and what it published, cut again.
+"""Batches as Linux joins them, put before an opener, and what it published, cut again.
 
 Data flow: tests -> [batches] -> datapath.opening -> open ring -> [batches] -> tests
 """
@@ -10,13 +10,17 @@ import socket
 from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
+import pytest
+
 from nebula_mp.config.model import Offloads
+from nebula_mp.datapath.api import DATAGRAM_BYTES_MAX, Reader
 from nebula_mp.datapath.python import PythonReader
 from nebula_mp.datapath.segment import segment
 from nebula_mp.datapath.virtio import HEADER_BYTES, VirtioHeader
 from nebula_mp.newtypes import TunnelIndex
 from tests.datapath.sites import INDEX_NEAR, Site, connect, message
 from tests.datapath.superpackets import A4, A6, Plan
+from tests.support import native_calls
 
 ALL = Offloads()
 SOURCE = ("10.77.0.9", 4242)
@@ -57,9 +61,23 @@ class Inlet:
         into[:size] = batch.datagrams[0][:size]
         return size, batch.source
 
+    def receive(self, _: int, message: native_calls.Message) -> int:
+        """As either of the two above, for the native kernel: it has room for no more without UDP_GRO."""
+        batch = self._next()
+        datagrams = batch.datagrams
+        joined = message.room_bytes > DATAGRAM_BYTES_MAX + 1
+        if not joined and len(datagrams) > 1:
+            self.batches.insert(0, batch._replace(datagrams=datagrams[1:]))
+            datagrams = datagrams[:1]
+        step = len(datagrams[0]) if len(datagrams) > 1 else None
+        return message.fill(b"".join(datagrams), batch.source, step=step, is_cut=batch.cut)
+
     def poll(self, limit_ms: int) -> list[tuple[int, int]]:
         assert limit_ms == 0
         return [(0, select.POLLIN)] if self.batches else []
+
+    def poll_native(self, _descriptor: int, _events: int, limit_ms: int) -> int:
+        return len(self.poll(limit_ms))
 
     def _next(self) -> Batch:
         if not self.batches:
@@ -67,9 +85,13 @@ class Inlet:
         return self.batches.pop(0)
 
 
-def feed(reader: PythonReader, *batches: Batch, budget: int = 100_000) -> int:
+def feed(reader: Reader, *batches: Batch, budget: int = 100_000) -> int:
     """Let a reader poll until all was taken; gives how many datagrams."""
     inlet = Inlet(batches)
+    if not isinstance(reader, PythonReader):
+        with pytest.MonkeyPatch.context() as feeding:
+            native_calls.hook(feeding, recvmsg=inlet.receive, poll=inlet.poll_native)
+            return reader.opener.poll(budget)
     reader.opener._socket = cast("socket.socket", inlet)
     reader.opener._queue = cast("select.poll", inlet)
     return reader.opener.poll(budget)

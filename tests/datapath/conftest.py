@@ -9,6 +9,9 @@ import pytest
 from nebula_mp.config.model import NO_OFFLOADS, Offloads
 from nebula_mp.datapath.api import UpcallLimits
 from tests.datapath.sites import UNLIMITED, Site, connect
+from tests.support.native import kernel
+
+__all__ = ["kernel"]
 
 
 class MakeSite(Protocol):

@@ -1,6 +1,6 @@
 """Sites: the shared memory of one host with its control, readers and drains in one process, and two of them.
 
-Data flow: tests/datapath -> [datapath.sites] -> nebula_mp.datapath.python
+Data flow: tests/datapath -> [datapath.sites] -> the kernel that the running test is for
 A socket pair stands in for the TUN device, UDP sockets of the loopback interface are real. Time is a number.
 """
 
@@ -19,6 +19,8 @@ from nebula_mp.datapath.api import (
     UPCALL_AREA_BYTES,
     UPCALL_ENTRIES,
     Drop,
+    Kernel,
+    Reader,
     ReaderMemory,
     RingEnd,
     RingFds,
@@ -26,7 +28,7 @@ from nebula_mp.datapath.api import (
     UpcallLimits,
     take_upcalls,
 )
-from nebula_mp.datapath.python import PythonKernel, PythonReader
+from nebula_mp.datapath.python import PythonReader
 from nebula_mp.newtypes import Cipher, Counter, Seconds, TunnelIndex, UdpAddr
 from nebula_mp.shm import Region
 from nebula_mp.shm_flows import FlowTable
@@ -37,10 +39,9 @@ from nebula_mp.shm_table import FLOWS, PEERS, SEEN, PeerRef
 from nebula_mp.shm_tunnels import TunnelFields, TunnelState
 from nebula_mp.wire.header import Header, MessageType
 from nebula_mp.wire.ip import parse_flow
-from tests.support import rings, tables
+from tests.support import native, rings, tables
 from tests.support.packets import UDP, ip, udp
 
-KERNEL = PythonKernel()
 OVERLAY = (IPv4Network("10.9.0.0/16"),)
 UNLIMITED = UpcallLimits(
     per_tunnel=(10**6, 10**6), plain=(10**6, 10**6), datagrams=(10**6, 10**6), unknown=(10**6, 10**6)
@@ -63,7 +64,9 @@ class Site:
         limits: UpcallLimits = UNLIMITED,
         offloads: Offloads = NO_OFFLOADS,
         upcall_areas: int = 8,
+        kernel: Kernel | None = None,
     ) -> None:
+        self.kernel = kernel or native.current()
         self.now = Seconds(1000.0)
         self.limits = limits
         self.offloads = offloads
@@ -150,9 +153,9 @@ class Site:
             stranger_bells={each: bell.descriptor for each, bell in enumerate(self.bells) if each != worker},
         )
 
-    def reader(self, worker: int = 0, *, poison: bool = True) -> PythonReader:
+    def reader(self, worker: int = 0, *, poison: bool = True) -> Reader:
         """Attach, as a reader or its successor."""
-        return KERNEL.reader(
+        return self.kernel.reader(
             self.tun_fd,
             self.udp[worker].fileno(),
             self.memory(worker),
@@ -162,6 +165,12 @@ class Site:
             offloads=self.offloads,
             poison=poison,
         )
+
+    def python_reader(self, worker: int = 0, *, poison: bool = True) -> PythonReader:
+        """As `reader`, where the kernel is the one in Python, for a test that looks into it."""
+        made = self.reader(worker, poison=poison)
+        assert isinstance(made, PythonReader)
+        return made
 
     def seal_ring(self, worker: int = 0) -> Consumer:
         return rings.consume(self.seal[worker], rows=ROWS)
@@ -188,7 +197,7 @@ class Site:
 
     def send(self, worker: int = 0) -> int:
         """Drain the seal ring to UDP; gives the number of areas."""
-        drain = KERNEL.drain_udp(
+        drain = self.kernel.drain_udp(
             self.seal_end(worker),
             self.udp[worker].fileno(),
             tunnels=self.tables.tunnels.read_only,
@@ -199,7 +208,7 @@ class Site:
 
     def write(self, worker: int = 0) -> int:
         """Drain the open ring to the TUN device; gives the number of areas."""
-        drain = KERNEL.drain_tun(
+        drain = self.kernel.drain_tun(
             self.open_end(worker),
             self.tun_fd,
             stats=self.pages[self._workers + worker].descriptor,

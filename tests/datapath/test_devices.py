@@ -30,7 +30,7 @@ from tests.support.offload_tun import EVERYTHING, NOTHING, OffloadTun, offload_t
 from tests.support.packets import ACK, SYN
 from tests.support.private_net import private_network
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("kernel")]
 
 NAME = "nmpdp0"
 PATIENCE_S = 10.0

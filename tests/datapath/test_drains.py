@@ -10,16 +10,18 @@ from typing import Any, cast
 import pytest
 
 from nebula_mp.config.model import Offloads
-from nebula_mp.datapath.api import Drop, RingEnd
+from nebula_mp.datapath.api import Drain, Drop, RingEnd
 from nebula_mp.datapath.drains import TunDrain, UdpDrain
 from nebula_mp.newtypes import UdpAddr
 from nebula_mp.shm import LockFile, Mapping
 from nebula_mp.shm_ring import DATA, HEAD, STATE, TAIL
-from tests.datapath.sites import INDEX_NEAR, KERNEL, Site, address_of, drained, loopback
+from tests.datapath.sites import INDEX_NEAR, Site, address_of, drained, loopback
 from tests.datapath.superpackets import TIMESTAMPS, Plan
-from tests.support import rings
+from tests.support import native, native_calls, rings
 from tests.support.packets import TCP, UDP
 from tests.support.watched import KilledError
+
+pytestmark = pytest.mark.usefixtures("kernel")
 
 ROW = INDEX_NEAR & 0xFFFF
 CONTENTS = [bytes([number]) * (30 + number) for number in range(9)]
@@ -35,8 +37,8 @@ def publish(site: Site, memory: Any, *areas: list[bytes], segment: int = 0) -> N
         producer.publish()
 
 
-def udp_drain(site: Site, end: RingEnd | None = None) -> UdpDrain:
-    return KERNEL.drain_udp(
+def udp_drain(site: Site, end: RingEnd | None = None) -> Drain:
+    return site.kernel.drain_udp(
         end or site.seal_end(),
         site.udp[0].fileno(),
         tunnels=site.tables.tunnels.read_only,
@@ -45,8 +47,8 @@ def udp_drain(site: Site, end: RingEnd | None = None) -> UdpDrain:
     )
 
 
-def tun_drain(site: Site, end: RingEnd | None = None) -> TunDrain:
-    return KERNEL.drain_tun(
+def tun_drain(site: Site, end: RingEnd | None = None) -> Drain:
+    return site.kernel.drain_tun(
         end or site.open_end(),
         site.tun.fileno(),
         stats=site.pages[1].descriptor,
@@ -63,7 +65,7 @@ class Calls:
     """Stands for a system call: before call number `at` (from 0) `fault` happens, each time or once."""
 
     def __init__(
-        self, real: Callable[..., int], fault: Callable[[], None], at: int, *, times: int = 1
+        self, real: Callable[..., int | None], fault: Callable[[], None], at: int, *, times: int = 1
     ) -> None:
         self.count = 0
         self._real = real
@@ -71,7 +73,7 @@ class Calls:
         self._at = at
         self._times = times
 
-    def __call__(self, *arguments: Any) -> int:
+    def __call__(self, *arguments: Any) -> int | None:
         number = self.count
         self.count += 1
         if self._at <= number < self._at + self._times:
@@ -89,11 +91,15 @@ def refuse(number: int) -> Callable[[], None]:
 class _Socket:
     """A socket with another `sendto`."""
 
-    def __init__(self, sendto: Callable[..., int]) -> None:
+    def __init__(self, sendto: Callable[..., int | None]) -> None:
         self.sendto = sendto
 
 
-def watch_udp(drain: UdpDrain, fault: Callable[[], None], at: int, *, times: int = 1) -> Calls:
+def watch_udp(
+    drain: Drain, monkeypatch: pytest.MonkeyPatch, fault: Callable[[], None], at: int, *, times: int = 1
+) -> Calls:
+    if not isinstance(drain, UdpDrain):
+        return watch_native(monkeypatch, "sendto", fault, at, times)
     calls = Calls(drain._socket.sendto, fault, at, times=times)
     drain._socket = cast("socket.socket", _Socket(calls))
     return calls
@@ -102,9 +108,46 @@ def watch_udp(drain: UdpDrain, fault: Callable[[], None], at: int, *, times: int
 def watch_tun(
     monkeypatch: pytest.MonkeyPatch, fault: Callable[[], None], at: int, *, times: int = 1
 ) -> Calls:
+    if native.is_native():
+        return watch_native(monkeypatch, "write", fault, at, times)
     calls = Calls(os.write, fault, at, times=times)
     monkeypatch.setattr("nebula_mp.datapath.drains.os.write", calls)
     return calls
+
+
+def watch_native(
+    monkeypatch: pytest.MonkeyPatch, name: str, fault: Callable[[], None], at: int, times: int
+) -> Calls:
+    calls = Calls(_go_on, fault, at, times=times)
+    native_calls.hook(monkeypatch, **{name: calls})
+    return calls
+
+
+def _go_on(*_: object) -> None:
+    """Let the native kernel make the call."""
+
+
+def replace_write(monkeypatch: pytest.MonkeyPatch, write: Callable[[int, memoryview], int | None]) -> None:
+    """Let this be called in place of `os.write`; None: go on with that."""
+    if native.is_native():
+        native_calls.hook(monkeypatch, write=write)
+        return
+    real = os.write
+
+    def replaced(descriptor: int, data: memoryview) -> int:
+        found = write(descriptor, data)
+        return real(descriptor, data) if found is None else found
+
+    monkeypatch.setattr("nebula_mp.datapath.drains.os.write", replaced)
+
+
+def dies(run: Callable[[], object]) -> None:
+    """Run this, in which a call raises KilledError."""
+    if native.is_native():
+        native_calls.dies(run)
+        return
+    with pytest.raises(KilledError):
+        run()
 
 
 def test_each_entry_is_one_datagram_to_the_address_that_the_tunnel_has_now(site: Site) -> None:
@@ -159,12 +202,12 @@ def test_each_entry_of_the_open_ring_is_one_packet_of_the_device(site: Site) -> 
     ],
 )
 def test_a_datagram_refused_at_any_call_is_counted_and_all_others_go(
-    site: Site, number: int, reason: Drop
+    site: Site, monkeypatch: pytest.MonkeyPatch, number: int, reason: Drop
 ) -> None:
     for at in range(9):
         publish(site, site.seal[0], CONTENTS[:5], CONTENTS[5:])
         drain = udp_drain(site)
-        watch_udp(drain, refuse(number), at)
+        watch_udp(drain, monkeypatch, refuse(number), at)
 
         assert drain.drain(10) == 2
 
@@ -174,11 +217,13 @@ def test_a_datagram_refused_at_any_call_is_counted_and_all_others_go(
 
 
 @pytest.mark.parametrize("number", [errno.ECONNREFUSED, errno.EPROTO, errno.EHOSTDOWN])
-def test_the_answer_to_an_earlier_datagram_costs_none(site: Site, number: int) -> None:
+def test_the_answer_to_an_earlier_datagram_costs_none(
+    site: Site, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     for at in range(9):
         publish(site, site.seal[0], CONTENTS)
         drain = udp_drain(site)
-        watch_udp(drain, refuse(number), at)
+        watch_udp(drain, monkeypatch, refuse(number), at)
         drain.drain(10)
         assert drained([site.far]) == CONTENTS
 
@@ -186,11 +231,13 @@ def test_the_answer_to_an_earlier_datagram_costs_none(site: Site, number: int) -
     assert site.drops() == {}
 
 
-def test_a_socket_that_is_full_for_a_moment_loses_nothing(site: Site) -> None:
+def test_a_socket_that_is_full_for_a_moment_loses_nothing(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for at in range(9):
         publish(site, site.seal[0], CONTENTS)
         drain = udp_drain(site)
-        watch_udp(drain, refuse(errno.EAGAIN), at)
+        watch_udp(drain, monkeypatch, refuse(errno.EAGAIN), at)
         drain.drain(10)
         assert drained([site.far]) == CONTENTS
 
@@ -202,7 +249,7 @@ def test_a_socket_that_stays_full_is_waited_for_once_in_a_call(
 ) -> None:
     publish(site, site.seal[0], CONTENTS)
     drain = udp_drain(site)
-    watch_udp(drain, refuse(errno.EAGAIN), 0, times=100)
+    watch_udp(drain, monkeypatch, refuse(errno.EAGAIN), 0, times=100)
     waits = _never_ready(drain, monkeypatch)
 
     assert drain.drain(10) == 1
@@ -214,7 +261,7 @@ def test_a_socket_that_stays_full_is_waited_for_once_in_a_call(
     assert site.drops() == {Drop.UDP_FULL: 18}
 
 
-def _never_ready(drain: UdpDrain | TunDrain, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def _never_ready(drain: Drain, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let no wait for room succeed; gives the limits of the waits, in milliseconds."""
     waits: list[int] = []
 
@@ -223,7 +270,10 @@ def _never_ready(drain: UdpDrain | TunDrain, monkeypatch: pytest.MonkeyPatch) ->
             waits.append(limit_ms)
             return []
 
-    monkeypatch.setattr(drain._room, "_poll", Poll())
+    if isinstance(drain, UdpDrain | TunDrain):
+        monkeypatch.setattr(drain._room, "_poll", Poll())
+    else:
+        native_calls.hook(monkeypatch, poll=lambda _, __, limit_ms: len(Poll().poll(limit_ms)))
     return waits
 
 
@@ -381,15 +431,13 @@ def test_a_device_that_takes_nothing_at_all_is_still_offered_superpackets_later(
 def _refuse_superpackets(monkeypatch: pytest.MonkeyPatch, packets: int) -> list[int]:
     """Let every write of more than one packet fail; gives their sizes as they happen."""
     tried: list[int] = []
-    write = os.write
 
-    def refuse_large(descriptor: int, data: bytes) -> int:
+    def refuse_large(_: int, data: memoryview) -> None:
         if len(data) > 10_000 // packets * 2:
             tried.append(len(data))
             raise OSError(errno.EINVAL, "injected")
-        return write(descriptor, data)
 
-    monkeypatch.setattr("nebula_mp.datapath.drains.os.write", refuse_large)
+    replace_write(monkeypatch, refuse_large)
     return tried
 
 
@@ -401,8 +449,7 @@ def test_the_packets_of_a_superpacket_in_progress_are_all_counted_as_passed_over
     publish(site, site.opened[0], [frame(plan)] * 3, segment=plan.count)
     with monkeypatch.context() as injecting:
         watch_tun(injecting, _die, 1)
-        with pytest.raises(KilledError):
-            tun_drain(site).drain(10)
+        dies(lambda: tun_drain(site).drain(10))
 
     tun_drain(site).drain(10)
 
@@ -413,7 +460,7 @@ def test_the_packets_of_a_superpacket_in_progress_are_all_counted_as_passed_over
 
 def test_a_partial_write_counts_as_refused(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(site, site.opened[0], CONTENTS)
-    monkeypatch.setattr("nebula_mp.datapath.drains.os.write", lambda _, data: len(data) - 1)
+    replace_write(monkeypatch, lambda _, data: len(data) - 1)
 
     tun_drain(site).drain(10)
 
@@ -458,8 +505,9 @@ def test_a_lost_device_raises_and_a_successor_passes_over_what_was_in_progress(
     publish(site, site.opened[0], CONTENTS)
     with monkeypatch.context() as injecting:
         watch_tun(injecting, refuse(number), 4)
-        with pytest.raises(OSError, match="injected"):
+        with pytest.raises(OSError) as lost:
             tun_drain(site).drain(10)
+        assert lost.value.errno == number
     assert tail(site, seal=False) == 0
 
     tun_drain(site).drain(10)
@@ -483,8 +531,7 @@ def test_whoever_dies_in_a_write_costs_one_packet_at_most_and_none_comes_twice(
 
         with monkeypatch.context() as injecting:
             watch_tun(injecting, die, at)
-            with pytest.raises(KilledError):
-                tun_drain(site).drain(10)
+            dies(lambda: tun_drain(site).drain(10))
 
         tun_drain(site).drain(10)
 
@@ -492,13 +539,15 @@ def test_whoever_dies_in_a_write_costs_one_packet_at_most_and_none_comes_twice(
     assert site.stats()["mp.ring.resumed"] == 9
 
 
-def test_whoever_dies_in_a_send_has_the_whole_area_sent_again(site: Site) -> None:
+def test_whoever_dies_in_a_send_has_the_whole_area_sent_again(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for at in range(9):
         publish(site, site.seal[0], CONTENTS)
         drain = udp_drain(site)
-        watch_udp(drain, _die, at)
-        with pytest.raises(KilledError):
-            drain.drain(10)
+        with monkeypatch.context() as injecting:
+            watch_udp(drain, injecting, _die, at)
+            dies(lambda: drain.drain(10))  # noqa: B023 - at once
 
         udp_drain(site).drain(10)
 
@@ -516,7 +565,7 @@ def test_an_area_is_neither_released_nor_touched_while_a_call_on_it_has_not_retu
     memory = (site.seal if seal else site.opened)[0]
     areas = [CONTENTS[:4], CONTENTS[4:], CONTENTS[2:7]]
     publish(site, memory, *areas)
-    drain: UdpDrain | TunDrain = udp_drain(site) if seal else tun_drain(site)
+    drain = udp_drain(site) if seal else tun_drain(site)
     producer = rings.produce(memory, poison=True)
     seen: list[int] = []
 
@@ -536,14 +585,10 @@ def test_an_area_is_neither_released_nor_touched_while_a_call_on_it_has_not_retu
             return send(data, *others)
 
         drain._socket = cast("socket.socket", _Socket(sendto))
+    elif seal:
+        native_calls.hook(monkeypatch, sendto=lambda _, data, __: inside(data))
     else:
-        write = os.write
-
-        def writing(descriptor: int, data: memoryview) -> int:
-            inside(data)
-            return write(descriptor, data)
-
-        monkeypatch.setattr("nebula_mp.datapath.drains.os.write", writing)
+        replace_write(monkeypatch, lambda _, data: inside(data))
 
     assert drain.drain(3) == 3
 
@@ -569,7 +614,7 @@ def test_of_two_drains_of_one_ring_one_has_the_lease(site: Site, *, seal: bool) 
     end = (site.seal_end() if seal else site.open_end())._replace(locks=locks.descriptor)
     memory = (site.seal if seal else site.opened)[0]
 
-    def attach(holder: int) -> UdpDrain | TunDrain:
+    def attach(holder: int) -> Drain:
         return (udp_drain if seal else tun_drain)(site, end._replace(holder=holder))
 
     one, other = attach(rings.READER), attach(rings.WRITER)

@@ -2,12 +2,13 @@
 
 import errno
 import socket
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from nebula_mp.crypto.replay import WIDTH
-from nebula_mp.datapath.api import DATAGRAM_BYTES_MAX, Drop, UpcallLimits, UpcallReason
+from nebula_mp.datapath.api import DATAGRAM_BYTES_MAX, Drop, Opener, UpcallLimits, UpcallReason
+from nebula_mp.datapath.opening import PythonOpener
 from nebula_mp.newtypes import Cipher, TunnelIndex
 from nebula_mp.shm_tunnels import TunnelState
 from nebula_mp.wire.header import Header, MessageType
@@ -25,7 +26,11 @@ from tests.datapath.sites import (
     message,
     packet,
 )
+from tests.support import native_calls
+from tests.support.native import python_only
 from tests.support.packets import UDP, ip, udp
+
+pytestmark = pytest.mark.usefixtures("kernel")
 
 BACK = packet(1, back=True)
 
@@ -173,6 +178,7 @@ def test_a_successor_remembers_every_counter(site: Site) -> None:
     assert len(site.received()) == 2
 
 
+@python_only
 def test_a_reader_that_dies_between_window_and_ring_loses_the_packet_but_never_delivers_it_twice(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -413,9 +419,9 @@ def test_control_moving_the_tunnel_ends_the_notices(site: Site) -> None:
     assert len(site.upcalls()) == 1
 
 
-def test_a_datagram_from_inside_the_overlay_has_looped(site: Site) -> None:
+def test_a_datagram_from_inside_the_overlay_has_looped(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     opener = site.reader().opener
-    opener._socket = faulty(opener._socket, source=("10.9.3.4", 4242))
+    make_faulty(site, opener, monkeypatch, source=("10.9.3.4", 4242))
     deliver(site, message(3, BACK))
 
     opener.poll(10)
@@ -530,35 +536,53 @@ def test_another_owner_goes_on_with_the_same_window(make_site: MakeSite) -> None
 
 
 class _Faulty:
-    """A socket whose calls number 0, 1, ... fail with these errors (0: none), then none; see `faulty`."""
+    """A socket whose calls number 0, 1, ... fail with these errors (0: none), then none; see `make_faulty`."""
 
-    def __init__(self, real: socket.socket, faults: list[int], source: object) -> None:
+    def __init__(self, real: socket.socket, faults: list[int], source: Any) -> None:
         self._real = real
         self._faults = faults
         self._source = source
 
     def recvfrom_into(self, *arguments: Any) -> tuple[int, object]:
-        number = self._faults.pop(0) if self._faults else 0
-        if number:
-            raise OSError(number, "injected")
+        self._fail()
         size, source = self._real.recvfrom_into(*arguments)
         return size, self._source or source
 
+    def receive(self, _: int, message: native_calls.Message) -> int:
+        self._fail()
+        data, source = self._real.recvfrom(message.room_bytes)
+        return message.fill(data, self._source or source, step=None, is_cut=False)
 
-def faulty(real: socket.socket, faults: list[int] | None = None, source: object = None) -> socket.socket:
-    """Let a socket fail, or its datagrams seem to come from `source`."""
-    return cast("socket.socket", _Faulty(real, faults or [], source))
+    def _fail(self) -> None:
+        number = self._faults.pop(0) if self._faults else 0
+        if number:
+            raise OSError(number, "injected")
+
+
+def make_faulty(
+    site: Site,
+    opener: Opener,
+    monkeypatch: pytest.MonkeyPatch,
+    faults: list[int] | None = None,
+    source: object = None,
+) -> None:
+    """Let a reader's socket fail, or its datagrams seem to come from `source`."""
+    if isinstance(opener, PythonOpener):
+        faulty = _Faulty(opener._socket, faults or [], source)
+        monkeypatch.setattr(opener, "_socket", faulty)
+    else:
+        native_calls.hook(monkeypatch, recvmsg=_Faulty(site.udp[0], faults or [], source).receive)
 
 
 @pytest.mark.parametrize(
     "number", [errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EPROTO, errno.ENOBUFS]
 )
 def test_errors_of_earlier_datagrams_are_counted_and_the_next_datagram_is_taken(
-    site: Site, number: int
+    site: Site, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     admit(site, BACK)
     opener = site.reader().opener
-    opener._socket = faulty(opener._socket, [number, number])
+    make_faulty(site, opener, monkeypatch, [number, number])
     deliver(site, message(3, BACK))
 
     assert opener.poll(10) == 3
@@ -569,22 +593,25 @@ def test_errors_of_earlier_datagrams_are_counted_and_the_next_datagram_is_taken(
     site.check_ledger()
 
 
-def test_a_flood_of_errors_does_not_hold_the_loop(site: Site) -> None:
+def test_a_flood_of_errors_does_not_hold_the_loop(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     opener = site.reader().opener
-    opener._socket = faulty(opener._socket, [errno.ECONNREFUSED] * 1000)
+    make_faulty(site, opener, monkeypatch, [errno.ECONNREFUSED] * 1000)
 
     assert opener.poll(10) == 10
 
 
 @pytest.mark.parametrize("number", [errno.EBADF, errno.ENOTSOCK, errno.EFAULT])
-def test_a_lost_socket_raises_after_what_was_taken_is_published(site: Site, number: int) -> None:
+def test_a_lost_socket_raises_after_what_was_taken_is_published(
+    site: Site, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     admit(site, BACK)
     opener = site.reader().opener
     deliver(site, message(3, BACK), message(4, BACK))
-    opener._socket = faulty(opener._socket, [0, number])
+    make_faulty(site, opener, monkeypatch, [0, number])
 
-    with pytest.raises(OSError, match="injected"):
+    with pytest.raises(OSError) as lost:
         opener.poll(10)
+    assert lost.value.errno == number
 
     assert site.write() == 1
     assert site.received() == [BACK]

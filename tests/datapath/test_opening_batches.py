@@ -16,7 +16,10 @@ from nebula_mp.wire.header import MessageType
 from tests.datapath.batches import ALL, GRO, SOL_UDP, SOURCE, Batch, feed, packets_of, sealed, site_of, take
 from tests.datapath.sites import INDEX_NEAR, KEY_IN, KEY_OUT, UNLIMITED, Site, message
 from tests.datapath.superpackets import TIMESTAMPS, Plan
+from tests.support.native import python_only
 from tests.support.packets import ACK, ECE, PSH, TCP, UDP, checksum
+
+pytestmark = pytest.mark.usefixtures("kernel")
 
 SEGMENT = 103
 FLOW = Plan(4, TCP, bytes(range(256)) * 200, 1248, options=TIMESTAMPS)  # 41 packets, the last shorter
@@ -257,8 +260,9 @@ def test_a_refused_flow_and_a_foreign_source_are_counted_packet_by_packet(site: 
     check_conservation(site, 0)
 
 
+@python_only
 def test_one_look_up_answers_for_a_superpacket(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    reader = site.reader()
+    reader = site.python_reader()
     asked = []
     inbound = reader.opener._delivery._flows.inbound
 
@@ -533,6 +537,7 @@ def test_released_areas_hold_nothing_and_are_filled_again(site: Site) -> None:
         assert all(bytes([POISON]) * 20 not in each for each in written)
 
 
+@python_only
 def test_a_reader_that_dies_after_the_window_moved_loses_the_batch_but_delivers_nothing_twice(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +20,8 @@ from tests.datapath.batches import ALL, SOURCE, Batch, feed, packets_of, site_of
 from tests.datapath.sites import INDEX_NEAR, UNLIMITED, message
 from tests.datapath.superpackets import A4, A6, TIMESTAMPS, Plan
 from tests.support.packets import ACK, ECE, FIN, PSH, TCP, UDP, checksum
+
+pytestmark = pytest.mark.usefixtures("kernel")
 
 ADMITTED, REFUSED, UNKNOWN = (40000, 50000), (40001, 50000), (40002, 50000)
 BASES = (

@@ -25,6 +25,8 @@ from tests.support import rings
 from tests.support.packets import raw_packets
 from tests.support.processes import vm_flags
 
+pytestmark = pytest.mark.usefixtures("kernel")
+
 
 def pair(make_site: MakeSite, cipher: Cipher = Cipher.AES, *, workers: int = 1) -> tuple[Site, Site]:
     near, far = make_site(workers=workers), make_site(workers=workers)

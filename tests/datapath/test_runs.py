@@ -524,7 +524,7 @@ def test_places_are_kept_within_a_bound_and_those_made_again_are_right(
     monkeypatch.setattr(runs, "PLACES_MAX", 100)
     kinds = [whole(size, length=30_000) for size in (500, 700, 900, 1100)]
     allow(site, kinds[0])
-    sealer = site.reader().sealer
+    sealer = site.python_reader().sealer
     datagrams, expected = [], []
     for number in range(40):
         plan = kinds[number * 7 % 4]

@@ -29,7 +29,7 @@ from nebula_mp.shm_ring import Bell, RingMemory, holder_word
 from nebula_mp.shm_stats import StatsPage
 from nebula_mp.workers import reader, writer
 from nebula_mp.workers.parts import ReaderParts, Role, WriterParts, descriptors
-from tests.datapath.sites import KERNEL, OVERLAY, Site, packet
+from tests.datapath.sites import OVERLAY, Site, packet
 from tests.support.processes import Forked, eventually
 
 PATIENCE_S = 30.0
@@ -108,7 +108,7 @@ class Rig:
             number=worker,
             start=self._start,
             device="nmp-rig",
-            kernel=KERNEL.name,
+            kernel=self.site.kernel.name,
             stats=site.pages[worker].descriptor,
             log=self._log_sink,
             logging=LoggingConfig(),
@@ -137,7 +137,7 @@ class Rig:
             number=worker,
             start=self._start,
             device="nmp-rig",
-            kernel=KERNEL.name,
+            kernel=self.site.kernel.name,
             stats=site.pages[self.workers + worker].descriptor,
             log=self._log_sink,
             logging=LoggingConfig(),

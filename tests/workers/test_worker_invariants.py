@@ -36,7 +36,7 @@ from nebula_mp.wire.ip import parse_flow
 from nebula_mp.workers import reader, writer
 from nebula_mp.workers.drain_mode import AutoDrain, Senses
 from nebula_mp.workers.parts import Parts, Role
-from tests.datapath.sites import INDEX_FAR, INDEX_NEAR, KERNEL, KEY_OUT, connect, drained, message, packet
+from tests.datapath.sites import INDEX_FAR, INDEX_NEAR, KEY_OUT, connect, drained, message, packet
 from tests.support import rings
 from tests.workers.rig import Prepare, Rig, receive, soon, without_belt
 
@@ -231,7 +231,7 @@ def test_a_writer_killed_at_any_instruction_between_call_and_release_alters_noth
 def write_out(rig: Rig) -> None:
     """Drain the open ring as a successor would."""
     stats = rig.site.pages[1].descriptor
-    drain = KERNEL.drain_tun(rig.site.open_end(), rig.tun_fds[0], stats=stats, offloads=NO_OFFLOADS)
+    drain = rig.site.kernel.drain_tun(rig.site.open_end(), rig.tun_fds[0], stats=stats, offloads=NO_OFFLOADS)
     drain.drain(100)
 
 
