@@ -34,6 +34,7 @@ PYTHON: Final = "python"
 RUST: Final = "rust"
 
 _MODULES: Final = {PYTHON: "nebula_mp.datapath.python", RUST: "nebula_mp.datapath.accelerated"}
+_SELF_TEST: Final = "nebula_mp.datapath.self_test"
 _EXTENSION: Final = "nebula_mp._accel"
 _NOT_INSTALLED: Final = f"{_EXTENSION} is not installed: when this package was, no usable cargo was there"
 
@@ -100,7 +101,8 @@ def preload(choice: KernelChoice | None) -> None:
 def _why_unusable() -> str | None:
     """Load and test the accelerator; None if it does its work."""
     try:
-        importlib.import_module(_MODULES[RUST]).self_test()
+        importlib.import_module(_MODULES[RUST])
+        importlib.import_module(_SELF_TEST).run()
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # noqa: BLE001 - a panic over there is no Exception here

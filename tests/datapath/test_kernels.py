@@ -1,11 +1,14 @@
 """Which kernel is chosen, and what is said of it; the accelerator is a stand-in, but for the last tests."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+import nebula_mp
 from nebula_mp.config.model import KernelChoice, MpConfig
 from nebula_mp.datapath import kernels
 from nebula_mp.datapath.kernels import PYTHON, RUST, Chosen
@@ -17,14 +20,14 @@ class PanicError(BaseException):
 
 
 class Accelerator(ModuleType):
-    """An accelerator whose self-test ends as the test says."""
+    """In place of the self-test of an accelerator that loads: it ends as the test says."""
 
     def __init__(self, error: BaseException | None = None) -> None:
-        super().__init__("nebula_mp.datapath.accelerated")
+        super().__init__("nebula_mp.datapath.self_test")
         self._error = error
         self.tested = 0
 
-    def self_test(self) -> None:
+    def run(self) -> None:
         self.tested += 1
         if self._error is not None:
             raise self._error
@@ -32,7 +35,8 @@ class Accelerator(ModuleType):
 
 def install(monkeypatch: pytest.MonkeyPatch, accelerator: Accelerator | None) -> None:
     monkeypatch.setattr(kernels, "is_installed", lambda: accelerator is not None)
-    monkeypatch.setitem(sys.modules, "nebula_mp.datapath.accelerated", accelerator)
+    monkeypatch.setitem(sys.modules, "nebula_mp.datapath.accelerated", ModuleType("accelerated"))
+    monkeypatch.setitem(sys.modules, "nebula_mp.datapath.self_test", accelerator)
 
 
 @pytest.mark.parametrize("wanted", [KernelChoice.AUTO, KernelChoice.RUST])
@@ -172,6 +176,15 @@ def test_a_start_loads_what_it_will_need_while_its_configuration_is_read(
 
 def test_a_kernel_is_found_by_its_name() -> None:
     assert kernels.get(PYTHON).name == PYTHON
+
+
+def test_only_its_face_and_its_self_test_know_the_accelerator() -> None:
+    package = Path(nebula_mp.__file__).parent
+    imports = re.compile(r"^\s*(?:from|import)\b.*\b_accel\b", re.MULTILINE)
+
+    found = {path.name for path in package.rglob("*.py") if imports.search(path.read_text())}
+
+    assert found == {"accelerated.py", "self_test.py"}
 
 
 def test_nothing_but_the_python_kernel_loads_numpy() -> None:
