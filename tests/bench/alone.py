@@ -189,9 +189,8 @@ class AloneRig(Rig):
     """A node of one worker on the device and on a socket as the program has them."""
 
     def __init__(self, network: Network, kernel: str, drain: DrainMode) -> None:
-        super().__init__(drain=drain, poison=False, areas=32)
+        super().__init__(drain=drain, poison=False, areas=32, kernel=kernels.get(kernel))
         self._network = network
-        self._kernel = kernel
         self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         self._closing.callback(self.socket.close)
         self.socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, BUFFER_BYTES)
@@ -200,12 +199,10 @@ class AloneRig(Rig):
         self.udp_fds, self.tun_fds = [self.socket.fileno()], [network.device.fileno()]
 
     def reader_parts(self, worker: int = 0) -> ReaderParts:
-        parts = super().reader_parts(worker)
-        return replace(parts, offloads=self._network.offloads, kernel=self._kernel)
+        return replace(super().reader_parts(worker), offloads=self._network.offloads)
 
     def writer_parts(self, worker: int = 0) -> WriterParts:
-        parts = super().writer_parts(worker)
-        return replace(parts, offloads=self._network.offloads, kernel=self._kernel)
+        return replace(super().writer_parts(worker), offloads=self._network.offloads)
 
     def reopen(self) -> None:
         """Have the tunnel anew, with a window that has seen nothing."""

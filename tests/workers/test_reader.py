@@ -10,7 +10,6 @@ import pytest
 from pyroute2 import IPRoute
 
 from nebula_mp.config.model import DrainMode, TunConfig
-from nebula_mp.datapath import kernels
 from nebula_mp.datapath.api import CONTROL, Arrival, Drop, Kernel, UpcallLimits, encode_record
 from nebula_mp.ioctl_tun import TunDevice
 from nebula_mp.shm import PAGE_BYTES
@@ -20,8 +19,8 @@ from nebula_mp.wire.header import HEADER_BYTES, MessageType
 from nebula_mp.workers import drain_mode, reader
 from nebula_mp.workers.drain_mode import AutoDrain, Senses
 from nebula_mp.workers.parts import Role, stranger_lock
-from tests.datapath.sites import INDEX_NEAR, KERNEL, address_of, message, packet
-from tests.support import rings
+from tests.datapath.sites import INDEX_NEAR, address_of, message, packet
+from tests.support import native, rings
 from tests.support.forked import shared_words
 from tests.support.private_net import private_network
 from tests.workers.conftest import MakeRig
@@ -212,7 +211,7 @@ def _napping(naps: memoryview, time_us: int = 50) -> None:
         assert asked_us == time_us
         naps[0] += 1
 
-    kernel = type(kernels.get(KERNEL.name))
+    kernel = type(native.current())
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(kernel, "moderation_us", time_us)
     monkeypatch.setattr(kernel, "nap", nap)
