@@ -1,5 +1,6 @@
 //! What may go wrong that is not a packet's fault.
 
+use std::borrow::Cow;
 use std::fmt;
 
 /// Shared memory says what no process of ours writes: `errors.RingError` in Python, with the same fields.
@@ -8,7 +9,7 @@ pub struct Contradiction {
     /// Which memory, as in `shared memory 'ring data seal'`.
     pub memory: String,
     /// What of it.
-    pub field: &'static str,
+    pub field: Cow<'static, str>,
     /// What it says.
     pub value: String,
     /// What it should say.
@@ -30,13 +31,13 @@ impl Fault {
     /// Say which memory contradicts us, and how.
     pub fn contradiction(
         memory: &str,
-        field: &'static str,
+        field: impl Into<Cow<'static, str>>,
         value: impl fmt::Display,
         expected: impl fmt::Display,
     ) -> Self {
         Self::Contradiction(Contradiction {
             memory: format!("shared memory '{memory}'"),
-            field,
+            field: field.into(),
             value: value.to_string(),
             expected: expected.to_string(),
         })

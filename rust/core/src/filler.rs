@@ -1,5 +1,7 @@
 //! A producer that begins an area when there is something for it, and publishes it when it is full; as
 //! `nebula_mp.datapath.filling.Filler`.
+//!
+//! Knows where in an area there is room; knows nothing of what the bytes mean. Never waits: without room it says so.
 
 use crate::error::Result;
 use crate::ring::Producer;
@@ -9,53 +11,98 @@ pub struct Filler {
     /// Where the next bytes of the area belong.
     pub at: usize,
     producer: Producer,
+    room_bytes: usize,
+    entries_max: usize,
+    /// Described in the area being filled, if one is.
+    entries: Option<usize>,
 }
 
 impl Filler {
     /// Takes the producer over.
     pub fn new(producer: Producer) -> Self {
-        Self { at: 0, producer }
+        let geometry = producer.geometry();
+        Self {
+            at: 0,
+            producer,
+            room_bytes: geometry.data_bytes(),
+            entries_max: geometry.entries_max,
+            entries: None,
+        }
     }
 
     /// What an empty area takes.
+    #[inline]
     pub fn room_bytes(&self) -> usize {
-        self.producer.geometry().data_bytes()
+        self.room_bytes
     }
 
     /// What an empty area takes.
+    #[inline]
     pub fn entries_max(&self) -> usize {
-        self.producer.geometry().entries_max
+        self.entries_max
     }
 
     /// Number of the area that is, or would be, filled.
+    #[inline]
     pub fn area(&self) -> u64 {
         self.producer.head()
     }
 
     /// Whether so much fits the area being filled, beside what is described there.
+    #[inline]
     pub fn fits(&self, bytes: usize, entries: usize) -> bool {
-        todo!("{bytes} {entries}")
+        self.entries.is_some_and(|described| {
+            self.at + bytes <= self.room_bytes && described + entries <= self.entries_max
+        })
     }
 
     /// Have room for so much, if need be in the next area; false, and nothing is begun, with a full ring. It must fit
     /// an empty area. `at` is then a multiple of `align`.
+    #[inline]
     pub fn try_room(&mut self, bytes: usize, entries: usize, align: usize) -> Result<bool> {
-        todo!("{bytes} {entries} {align}")
+        assert!(bytes <= self.room_bytes && entries <= self.entries_max);
+        if self.entries.is_some() {
+            let gap = self.at.next_multiple_of(align) - self.at;
+            if self.fits(gap + bytes, entries) {
+                self.at += gap;
+                return Ok(true);
+            }
+            self.flush();
+        }
+        if self.entries.is_none() {
+            if !self.producer.try_begin()? {
+                return Ok(false);
+            }
+            self.entries = Some(0);
+            self.at = 0;
+        }
+        Ok(true)
     }
 
     /// The data of the area being filled.
+    #[inline]
     pub fn data(&mut self) -> &mut [u8] {
         self.producer.data()
     }
 
     /// Make an entry of `length` bytes from `at` on, for which `try_room` made room.
+    #[inline]
     pub fn describe(&mut self, length: usize, segment: u32, row: u32) {
-        todo!("{length} {segment} {row}")
+        let appended = self.producer.try_append(self.at, length, segment, row);
+        assert!(appended, "try_room first");
+        self.entries = self.entries.map(|described| described + 1);
+        self.at += length;
     }
 
     /// Publish the area if it has an entry; true if it had.
+    #[inline]
     pub fn flush(&mut self) -> bool {
-        todo!()
+        let has_any = self.entries.is_some_and(|described| described > 0);
+        if has_any {
+            self.producer.publish();
+            self.entries = None;
+        }
+        has_any
     }
 
     /// Whether there is a further area behind the one that is, or would be, filled.

@@ -11,6 +11,7 @@
 //!
 //! Source: memfd_create(2), fcntl(2) on seals, mmap(2), madvise(2), mlock2(2).
 
+use std::borrow::Cow;
 use std::fmt;
 use std::io;
 use std::ptr::NonNull;
@@ -173,7 +174,7 @@ impl Region {
     #[cold]
     pub fn contradiction(
         &self,
-        field: &'static str,
+        field: impl Into<Cow<'static, str>>,
         value: impl fmt::Display,
         expected: impl fmt::Display,
     ) -> Fault {
