@@ -1,5 +1,6 @@
 //! Rows as control writes them, and as it leaves them when it dies.
 
+use std::borrow::Cow;
 use std::sync::atomic::AtomicBool;
 
 use super::*;
@@ -105,7 +106,7 @@ impl Table {
         self.set_sequence(sequence);
     }
 
-    fn refusal(&mut self) -> (String, &'static str) {
+    fn refusal(&mut self) -> (String, Cow<'static, str>) {
         match self.view.get(INDEX) {
             Err(Fault::Contradiction(it)) => (it.value, it.field),
             Err(other) => panic!("{other}"),
@@ -351,7 +352,7 @@ fn a_row_that_no_process_of_ours_writes_is_a_contradiction() {
     for (written, value, field) in cases {
         let mut table = table();
         table.put(&written, 2);
-        assert_eq!(table.refusal(), (value.to_owned(), field));
+        assert_eq!(table.refusal(), (value.to_owned(), field.into()));
     }
     // A free row is not looked at any further.
     let mut table = table();
