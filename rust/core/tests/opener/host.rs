@@ -526,7 +526,7 @@ impl Host {
 
     /// The highest counter of the tunnel's window.
     pub fn window(&self) -> u64 {
-        self.windows.word(PAGE + 2112 * ROW + 56)
+        word(&self.windows, PAGE + 2112 * ROW + 56)
     }
 
     /// Let control say that the row's window is of a later tunnel.
