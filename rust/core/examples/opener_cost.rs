@@ -30,7 +30,10 @@ fn measure(name: &str, flow_count: usize, count: usize, payload: usize) {
     let mut flows: Vec<_> = (0..flow_count as u16)
         .map(|each| Flow::new(false, true).on_port(5000 + each))
         .collect();
-    let mut host = Host::new(Plan::default());
+    let mut host = Host::new(Plan {
+        poison: false,
+        ..Plan::default()
+    });
     flows
         .iter()
         .for_each(|each| host.allow(&each.clone().next(1)));

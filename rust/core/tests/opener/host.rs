@@ -170,8 +170,8 @@ impl Ring {
         Self::new(128, 16 * 1024, 32)
     }
 
-    fn producer(&self) -> Producer {
-        Producer::new(self.data.writable(), self.state.read_only(), true).unwrap()
+    fn producer(&self, poison: bool) -> Producer {
+        Producer::new(self.data.writable(), self.state.read_only(), poison).unwrap()
     }
 
     fn consumer(&self, recovery: Recovery, segments: bool) -> Consumer {
@@ -199,7 +199,7 @@ impl Ring {
 
     /// Fill it, as another reader would.
     pub fn fill(&self, records: &[Vec<u8>]) {
-        let mut filler = Filler::new(self.producer());
+        let mut filler = Filler::new(self.producer(true));
         for record in records {
             assert!(filler.try_room(record.len(), 1, 1).unwrap());
             let at = filler.at;
@@ -230,6 +230,8 @@ pub struct Plan {
     pub limits: Limits,
     pub overlay: Vec<Network>,
     pub cipher: Cipher,
+    /// Overwrite areas that were released.
+    pub poison: bool,
 }
 
 pub const ALL: Offloads = Offloads {
@@ -262,6 +264,7 @@ impl Default for Plan {
             },
             overlay: vec![([10, 9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], 4, 16)],
             cipher: Cipher::Aes,
+            poison: true,
         }
     }
 }
@@ -405,19 +408,24 @@ impl Host {
         let page = |memory: &Memory| StatsPage::attach(memory.writer(), &names, DIGEST).unwrap();
         let stats = Rc::new(page(&self.stats));
         let bell = self.bell.as_raw_fd();
-        let limits = self.plan.limits;
+        let Plan { limits, poison, .. } = self.plan;
         let shared = Shared {
             tunnels: TunnelView::new(self.tunnels.read_only(), self.keys.read_only()).unwrap(),
             flows: FlowView::new(self.flows.read_only(), self.seen.writable()).unwrap(),
             traffic: Traffic::new(self.traffic.writable()).unwrap(),
-            upcalls: Upcalls::new(self.upcall.producer(), bell, Rc::clone(&stats), limits),
+            upcalls: Upcalls::new(
+                self.upcall.producer(poison),
+                bell,
+                Rc::clone(&stats),
+                limits,
+            ),
             stats: Rc::clone(&stats),
         };
-        let strangers = vec![(1, self.stranger_out.producer(), bell)];
+        let strangers = vec![(1, self.stranger_out.producer(poison), bell)];
         self.opener = Some(Opener::new(
             self.udp.as_raw_fd(),
             0,
-            Filler::new(self.open.producer()),
+            Filler::new(self.open.producer(poison)),
             ReceiveWindows::new(self.windows.writable()).unwrap(),
             Strangers::new(strangers, stats),
             vec![self.stranger_in.consumer(Recovery::SendAgain, false)],
