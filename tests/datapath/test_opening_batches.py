@@ -16,6 +16,7 @@ from nebula_mp.wire.header import MessageType
 from tests.datapath.batches import ALL, GRO, SOL_UDP, SOURCE, Batch, feed, packets_of, sealed, site_of, take
 from tests.datapath.sites import INDEX_NEAR, KEY_IN, KEY_OUT, UNLIMITED, Site, message
 from tests.datapath.superpackets import TIMESTAMPS, Plan
+from tests.support import native
 from tests.support.native import python_only
 from tests.support.packets import ACK, ECE, PSH, TCP, UDP, checksum
 
@@ -153,7 +154,8 @@ def test_a_copy_inside_a_batch_is_a_replay(site: Site) -> None:
     feed(site.reader(), Batch([*datagrams[:5], datagrams[3], *datagrams[5:]]))
 
     written = take(site, ALL)
-    assert [len(each.packets) for each in written] == [5, 5]
+    # The native kernel goes packet by packet, so what is left out does not end the superpacket.
+    assert [len(each.packets) for each in written] == ([10] if native.is_native() else [5, 5])
     assert packets_of(written) == PACKETS
     assert site.drops() == {Drop.REPLAY: 1}
     check_conservation(site, 10)
