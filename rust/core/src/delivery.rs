@@ -26,6 +26,9 @@ use crate::tunnels::{Tunnel, UdpAddr};
 use crate::upcalls::{Arrival, Reason, Upcalls};
 use crate::virtio::{Gso, HEADER_BYTES as VIRTIO_BYTES, PACKET_BYTES_MAX, PLAIN};
 
+/// Linux joins no more UDP packets than this itself (UDP_GRO_CNT_MAX), which programs that ask for joined ones know.
+const UDP_PACKETS_MAX: usize = 64;
+
 /// What is asked, and told, about a packet.
 pub struct Desk<'a> {
     /// Verdicts.
@@ -124,6 +127,7 @@ impl Delivery {
                 && covered < bytes
                 && bytes <= run.size
                 && bytes + run.payload_bytes <= PACKET_BYTES_MAX
+                && (run.shape.gso != Gso::Udp || run.packets < UDP_PACKETS_MAX)
                 // Two entries, since it may not join.
                 && self.filler.fits(used + self.head_bytes + bytes, 2)
             {

@@ -465,3 +465,53 @@ impl Inbound {
         Ok((packets, bytes))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ipv4(ip: [u8; 4]) -> UdpAddr {
+        let mut padded = [0; 16];
+        padded[..4].copy_from_slice(&ip);
+        UdpAddr {
+            ip: padded,
+            family: 4,
+            port: 4242,
+            scope: 0,
+        }
+    }
+
+    #[test]
+    fn a_network_contains_the_addresses_with_its_first_bits_and_of_its_family() {
+        let network = |bits| (ipv4([10, 9, 200, 1]).ip, 4, bits);
+        for (bits, inside, outside) in [
+            (32, [10, 9, 200, 1], [10, 9, 200, 0]),
+            (31, [10, 9, 200, 0], [10, 9, 200, 2]),
+            (16, [10, 9, 0, 255], [10, 8, 200, 1]),
+            (1, [127, 0, 0, 1], [128, 0, 0, 1]),
+        ] {
+            assert!(contains(&network(bits), &ipv4(inside)));
+            assert!(!contains(&network(bits), &ipv4(outside)));
+        }
+        assert!(contains(&network(0), &ipv4([255; 4])));
+    }
+
+    #[test]
+    fn a_network_does_not_contain_addresses_of_the_other_family() {
+        let mut address = ipv4([10, 9, 0, 1]);
+        address.family = 6;
+        assert!(!contains(&(ipv4([10, 9, 0, 0]).ip, 4, 16), &address));
+        assert!(contains(&([0; 16], 6, 0), &address));
+        assert!(!contains(&([0; 16], 6, 128), &address));
+        assert!(!contains(&([0; 16], 6, 0), &ipv4([10, 9, 0, 1])));
+    }
+
+    #[test]
+    fn a_scope_does_not_matter_to_a_network() {
+        let mut address = ipv4([0xFE, 0x80, 0, 0]);
+        (address.family, address.scope) = (6, 3);
+        let mut base = [0; 16];
+        base[..2].copy_from_slice(&[0xFE, 0x80]);
+        assert!(contains(&(base, 6, 10), &address));
+    }
+}

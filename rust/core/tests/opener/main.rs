@@ -124,6 +124,25 @@ fn a_superpacket_ends_where_it_is_full_and_the_next_one_begins_in_the_next_area(
 }
 
 #[test]
+fn a_superpacket_of_udp_has_no_more_packets_than_the_kernel_would_join() {
+    for (is_tcp, expected) in [(false, vec![64, 64, 22]), (true, vec![150])] {
+        let mut flow = Flow::new(false, is_tcp);
+        let packets: Vec<_> = (0..150).map(|_| flow.next(20)).collect();
+        let mut host = host_for(Plan::default(), &packets[0]);
+        let datagrams = sealed(&host, 3, &packets);
+        datagrams
+            .chunks(50)
+            .for_each(|batch| host.deliver_joined(batch));
+        host.poll_all();
+
+        let (received, sizes) = host.received();
+
+        assert!(received == packets);
+        assert_eq!(sizes, expected);
+    }
+}
+
+#[test]
 fn single_datagrams_are_delivered_in_order_whatever_the_offloads() {
     for offloads in [ALL, NONE] {
         for (is_ipv6, is_tcp) in KINDS {
