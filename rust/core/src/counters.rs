@@ -1,33 +1,62 @@
 //! Send counters and traffic of tunnels; as `nebula_mp.shm_counters`, with atomic instructions in place of its
 //! record locks. All processes of an instance use the one or the other: see `NativeSendCounters` in Python.
 //!
-//! **Reserve, without a lock.** Load the counter; check the generation *after* it; look at other workers' spans;
-//! publish the own span with a lower bound of what will be taken; compare and swap the counter from what was loaded.
-//! If that fails somebody else has taken counters meanwhile: again. What was published stays true, since the counter
-//! only grows. Who wins the swap has checked everything published before the value it replaced.
+//! Knows that a row of the tunnel table is used by one tunnel after another, told apart by generation; knows nothing
+//! of keys, packets or rings. How counters are taken without a lock is in `ledger`.
+//!
+//! **Span.** Released peers accept only 1024 counters behind the newest, and a ring can hold more. One worker sends in
+//! the order in which it sealed, so only another one's batches matter: a batch is not to end more than `SPAN_MAX` above
+//! the oldest counter that another worker has sealed and not yet sent. So each worker publishes, for each tunnel, that
+//! counter and the area of its ring with which the last of them goes; they are in flight until the ring's consumer has
+//! released that area, which others see without its help. A worker that is the only one publishes nothing.
+//!
+//! Not allowed, though tempting: to seal first and reserve later, or to give back what was not used (a successor would
+//! use a counter twice); to let one process use locks and another one atomic instructions on the same counters.
 
-use crate::error::Result;
-use crate::region::Region;
+use std::mem::offset_of;
+use std::sync::atomic::Ordering;
 
-/// A batch is not to end further than this above the oldest counter that another worker has not sent.
-pub const SPAN_MAX: u64 = 512;
+use crate::error::{Fault, Result};
+use crate::layout::{
+    row_count, SendRow, SpanRow, TrafficRow, ROWS_AT_WORD, ROWS_MAX, TAIL, WORKERS_MAX,
+};
+use crate::ledger::{Impossible, Ledger, Words};
+pub use crate::ledger::{Refusal, SPAN_MAX};
+use crate::region::{Region, PAGE_BYTES};
+use crate::words::Word;
 
-/// Why there is no counter.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Refusal {
-    /// The row holds a later tunnel, or none any more.
-    Gone,
-    /// The counter has reached its end.
-    Exhausted,
-    /// Another worker is too far behind.
-    Span,
+/// The regions that counters lie in.
+struct Regions {
+    send: Region,
+    spans: Vec<Region>,
+    states: Vec<Region>,
+}
+
+impl Words for Regions {
+    #[inline]
+    fn send(&self, index: usize) -> impl Word {
+        self.send.word(index)
+    }
+
+    #[inline]
+    fn span(&self, worker: usize, index: usize) -> impl Word {
+        self.spans[worker].word(index)
+    }
+
+    #[inline]
+    fn released(&self, worker: usize) -> impl Word {
+        self.states[worker].word(TAIL)
+    }
 }
 
 /// Counters for whoever seals, each given out once, whatever dies.
 pub struct SendCounters {
     /// Batches that were given counters although they end beyond the span; only grows.
     pub beyond_span: u64,
-    _todo: (),
+    ledger: Ledger<Regions>,
+    name: String,
+    rows: usize,
+    workers: usize,
 }
 
 impl SendCounters {
@@ -41,13 +70,44 @@ impl SendCounters {
         states: Vec<Region>,
         published: u64,
     ) -> Result<Self> {
-        let _ = (send, spans, worker, states, published);
-        todo!()
+        assert!(send.is_writable());
+        let workers = spans.len();
+        assert!((1..=WORKERS_MAX).contains(&workers) && states.len() == workers);
+        if let Some(worker) = worker {
+            assert!(worker < workers && (workers == 1 || spans[worker].is_writable()));
+        }
+        let rows = row_count(&send, size_of::<SendRow>(), ROWS_MAX)?;
+        for span in &spans {
+            if row_count(span, size_of::<SpanRow>(), ROWS_MAX)? != rows {
+                return Err(span.contradiction("number of rows", span.parameters()[0], rows));
+            }
+        }
+        for state in &states {
+            if state.size() != PAGE_BYTES {
+                return Err(state.contradiction("size", state.size(), PAGE_BYTES));
+            }
+        }
+        let name = send.name().to_owned();
+        let regions = Regions {
+            send,
+            spans,
+            states,
+        };
+        let ledger = Ledger::new(regions, rows, workers, worker, published)
+            .map_err(|it| contradiction(it, &name, rows, workers))?;
+        Ok(Self {
+            beyond_span: 0,
+            ledger,
+            name,
+            rows,
+            workers,
+        })
     }
 
-    /// Take `count` counters for the tunnel in `row`; gives the first. Call this before sealing with any.
-    /// `area`: number of the ring area the batch goes into, never lower than in the call before; None when it is
+    /// Take `count` counters, at least one, for the tunnel in `row`; gives the first. Call this before sealing with
+    /// any. `area`: number of the ring area the batch goes into, never lower than in the call before; None when it is
     /// sent at once. `regardless` of the span: after 1 ms of refusals for that reason.
+    #[inline]
     pub fn reserve(
         &mut self,
         row: usize,
@@ -56,29 +116,89 @@ impl SendCounters {
         area: Option<u64>,
         regardless: bool,
     ) -> Result<std::result::Result<u64, Refusal>> {
-        todo!("{row} {generation} {count} {area:?} {regardless}")
+        let taken = self
+            .ledger
+            .reserve(row, generation, count, area, regardless)
+            .map_err(|it| contradiction(it, &self.name, self.rows, self.workers))?;
+        self.beyond_span = self.ledger.beyond_span;
+        Ok(taken)
     }
 }
 
-/// One sealer's share of what passes through each tunnel.
+#[cold]
+fn contradiction(impossible: Impossible, send: &str, rows: usize, workers: usize) -> Fault {
+    match impossible {
+        Impossible::Sealer(worker) => {
+            Fault::contradiction(send, "sealer", worker, format!("less than {workers}"))
+        }
+        Impossible::Touched(touched) => {
+            Fault::contradiction(send, "rows touched", touched, format!("at most {rows}"))
+        }
+    }
+}
+
+const WORDS: usize = size_of::<TrafficRow>() / 8;
+const GENERATION: usize = offset_of!(TrafficRow, generation) / 8;
+const PACKETS_IN: usize = offset_of!(TrafficRow, packets_in) / 8;
+const PACKETS_OUT: usize = offset_of!(TrafficRow, packets_out) / 8;
+
+// Bytes are behind packets, and the time behind both.
+const _: () = assert!(
+    offset_of!(TrafficRow, bytes_in) == 8 * (PACKETS_IN + 1)
+        && offset_of!(TrafficRow, last_in_ms) == 8 * (PACKETS_IN + 2)
+        && offset_of!(TrafficRow, bytes_out) == 8 * (PACKETS_OUT + 1)
+        && offset_of!(TrafficRow, last_out_ms) == 8 * (PACKETS_OUT + 2)
+);
+
+/// One sealer's share of what passes through each tunnel; nobody else writes it.
 pub struct Traffic {
-    _todo: (),
+    traffic: Region,
+    rows: usize,
 }
 
 impl Traffic {
     /// Writable.
     pub fn new(traffic: Region) -> Result<Self> {
-        let _ = traffic;
-        todo!()
+        assert!(traffic.is_writable());
+        let rows = row_count(&traffic, size_of::<TrafficRow>(), ROWS_MAX)?;
+        Ok(Self { traffic, rows })
     }
 
     /// Count packets that were opened; bytes are those of the datagrams.
+    #[inline]
     pub fn received(&self, row: usize, generation: u64, packets: u64, bytes: u64, now_ms: u64) {
-        todo!("{row} {generation} {packets} {bytes} {now_ms}")
+        self.add(row, generation, [packets, bytes, now_ms], PACKETS_IN);
     }
 
     /// Count packets that were sealed.
+    #[inline]
     pub fn sent(&self, row: usize, generation: u64, packets: u64, bytes: u64, now_ms: u64) {
-        todo!("{row} {generation} {packets} {bytes} {now_ms}")
+        self.add(row, generation, [packets, bytes, now_ms], PACKETS_OUT);
+    }
+
+    #[inline]
+    fn add(&self, row: usize, generation: u64, [packets, bytes, now_ms]: [u64; 3], first: usize) {
+        if row >= self.rows {
+            return;
+        }
+        let cell = ROWS_AT_WORD + row * WORDS;
+        let words = &self.traffic.words()[cell..cell + WORDS];
+        if words[GENERATION].load(Ordering::Relaxed) != generation {
+            // Nobody sums a cell that is half cleared: Release keeps these in order.
+            words[GENERATION].store(0, Ordering::Relaxed);
+            for word in &words[GENERATION + 1..] {
+                word.store(0, Ordering::Release);
+            }
+            words[GENERATION].store(generation, Ordering::Release);
+        }
+        // One writer; wrapping, since a predecessor that went mad may have left any value.
+        for (word, amount) in words[first..].iter().zip([packets, bytes]) {
+            let sum = word.load(Ordering::Relaxed).wrapping_add(amount);
+            word.store(sum, Ordering::Relaxed);
+        }
+        words[first + 2].store(now_ms, Ordering::Relaxed);
     }
 }
+
+#[cfg(all(test, not(miri)))]
+mod tests;

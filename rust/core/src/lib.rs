@@ -24,6 +24,7 @@ pub mod flows;
 pub mod header;
 pub mod ip;
 pub mod layout;
+pub mod ledger;
 pub mod opener;
 pub mod peers;
 pub mod region;
