@@ -143,6 +143,55 @@ fn a_superpacket_of_udp_has_no_more_packets_than_the_kernel_would_join() {
 }
 
 #[test]
+fn one_flow_through_two_tunnels_of_its_peer_is_not_joined_across_them() {
+    let mut flow = Flow::new(false, true);
+    let packets: Vec<_> = (0..10).map(|_| flow.next(300)).collect();
+    let mut host = host_for(Plan::default(), &packets[0]);
+    let second = 0xABCD_0007;
+    host.connect(second, 0, TunnelState::Proven);
+    let mut datagrams = sealed(&host, 3, &packets[..5]);
+    datagrams.extend(
+        (3..)
+            .zip(&packets[5..])
+            .map(|(counter, each)| host.message(MESSAGE, 0, second, counter, each)),
+    );
+    host.deliver_joined(&datagrams);
+    host.poll(100).unwrap();
+
+    let entries = host.entries();
+
+    let found: Vec<_> = entries
+        .iter()
+        .map(|(entry, _)| (entry.row, entry.segment))
+        .collect();
+    assert_eq!(found, [(INDEX & 0xFFFF, 5), (7, 5)]);
+    host.check_ledger(10, 0);
+}
+
+#[test]
+fn small_packets_of_many_flows_fill_the_tables_of_areas_and_no_more() {
+    let mut flows: Vec<_> = (0..7)
+        .map(|each| Flow::new(false, true).on_port(7000 + each))
+        .collect();
+    let packets: Vec<_> = (0..210).map(|each| flows[each % 7].next(20)).collect();
+    let plan = Plan {
+        entries: 16,
+        areas: 32,
+        ..Plan::default()
+    };
+    let mut host = Host::new(plan);
+    packets[..7].iter().for_each(|each| host.allow(each));
+    let datagrams = sealed(&host, 3, &packets);
+    datagrams
+        .chunks(42)
+        .for_each(|batch| host.deliver_joined(batch));
+    host.poll_all();
+
+    assert!(host.received().0 == packets);
+    host.check_ledger(210, 0);
+}
+
+#[test]
 fn single_datagrams_are_delivered_in_order_whatever_the_offloads() {
     for offloads in [ALL, NONE] {
         for (is_ipv6, is_tcp) in KINDS {
