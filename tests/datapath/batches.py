@@ -70,7 +70,7 @@ class Inlet:
             self.batches.insert(0, batch._replace(datagrams=datagrams[1:]))
             datagrams = datagrams[:1]
         step = len(datagrams[0]) if len(datagrams) > 1 else None
-        return message.fill(b"".join(datagrams), batch.source, step=step, is_cut=batch.cut)
+        return message.fill(b"".join(datagrams), batch.source, step=step, is_cut=batch.cut and joined)
 
     def poll(self, limit_ms: int) -> list[tuple[int, int]]:
         assert limit_ms == 0

@@ -4,6 +4,7 @@ Data flow: tests/datapath -> [datapath.sites] -> the kernel that the running tes
 A socket pair stands in for the TUN device, UDP sockets of the loopback interface are real. Time is a number.
 """
 
+import os
 import socket
 from collections import Counter as Tally
 from collections.abc import Iterable
@@ -35,7 +36,7 @@ from nebula_mp.shm_flows import FlowTable
 from nebula_mp.shm_peers import PeerTable
 from nebula_mp.shm_ring import Bell, Consumer, Entry, Recovery, RingMemory
 from nebula_mp.shm_stats import StatsPage
-from nebula_mp.shm_table import FLOWS, PEERS, SEEN, PeerRef
+from nebula_mp.shm_table import FLOWS, PEERS, ROWS_AT, SEEN, SEND_ROW, PeerRef
 from nebula_mp.shm_tunnels import TunnelFields, TunnelState
 from nebula_mp.wire.header import Header, MessageType
 from nebula_mp.wire.ip import parse_flow
@@ -324,6 +325,12 @@ def connect(
     near.peers.set(peer, local)
 
 
+def store_counter(site: Site, row: int, counter: int) -> None:
+    """Let so many counters of a tunnel be used."""
+    at = ROWS_AT + row * SEND_ROW.size + SEND_ROW.fields["counter"].offset
+    os.pwrite(site.tables.send.descriptor, counter.to_bytes(8, "little"), at)
+
+
 def packet(number: int, size: int = 40, *, port: int = 5000, back: bool = False) -> bytes:
     """One packet of a UDP flow; `back`: from the far host to the near one."""
     data = number.to_bytes(4, "big").ljust(size, b"\xa5")
@@ -340,10 +347,11 @@ def message(
     subtype: int = 0,
     index: TunnelIndex = INDEX_NEAR,
     cipher: Cipher = Cipher.AES,
+    key: bytes = KEY_IN,
 ) -> bytes:
     """What the far host sends to the near one, sealed by the library alone."""
     header = Header(kind, subtype, index, Counter(counter)).encode()
-    return header + Aead(cipher, KEY_IN).seal(counter, header, plaintext)
+    return header + Aead(cipher, key).seal(counter, header, plaintext)
 
 
 def deliver(site: Site, *datagrams: bytes, worker: int = 0, sender: socket.socket | None = None) -> None:

@@ -25,14 +25,16 @@ from nebula_mp.shm_flows import REFUSED
 from nebula_mp.wire.header import COUNTER_LIMIT, Header, MessageType
 from nebula_mp.wire.ip import parse_flow
 from tests.datapath.conftest import MakeSite
-from tests.datapath.sites import INDEX_FAR, INDEX_NEAR, KEY_OUT, Site, connect, drained, packet
+from tests.datapath.sites import INDEX_FAR, INDEX_NEAR, KEY_OUT, Site, connect, drained, packet, store_counter
 from tests.datapath.superpackets import TIMESTAMPS, Plan, plans
-from tests.datapath.test_sealing import store_counter
 from tests.support import tables
+from tests.support.native import python_only
 from tests.support.offload_tun import EVERYTHING, PATIENCE_S, OffloadTun, is_noise, offload_tun
 from tests.support.packets import ACK, CWR, FIN, PSH, TCP, UDP, checksum
 from tests.support.private_net import private_network
 from tests.support.watched import KilledError
+
+pytestmark = pytest.mark.usefixtures("kernel")
 
 SUPER = Offloads()
 FIRST_COUNTER = 3
@@ -356,6 +358,7 @@ def test_superpackets_of_two_tunnels_have_entries_of_their_own(site: Site) -> No
     ] == second.packets()
 
 
+@python_only
 def test_a_tunnel_that_ends_before_the_counters_are_taken_gives_way_to_its_successor(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -430,6 +433,7 @@ def holds(sealer: Sealer) -> bool:
     return sealer.is_holding
 
 
+@python_only
 def test_packets_of_a_superpacket_whose_counters_stay_locked_are_counted_after_50_milliseconds(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -472,6 +476,7 @@ class Sealed:
         monkeypatch.setattr(Aead, "seal_each", watched)
 
 
+@python_only
 def test_no_counter_is_used_twice_wherever_in_a_superpacket_a_sealer_dies(
     make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -499,6 +504,7 @@ def test_no_counter_is_used_twice_wherever_in_a_superpacket_a_sealer_dies(
     assert len(counters) == 5 * 5 + 5 * (0 + 0 + 2 + 2 + 4)  # whole ones, and areas that were published
 
 
+@python_only
 def test_who_dies_before_anything_is_written_leaves_a_gap_of_exactly_the_counters_of_its_superpacket(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -518,6 +524,7 @@ def test_who_dies_before_anything_is_written_leaves_a_gap_of_exactly_the_counter
     assert opened(wire(site), FIRST_COUNTER + 10) == plan.packets()
 
 
+@python_only
 def test_places_are_kept_within_a_bound_and_those_made_again_are_right(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -538,6 +545,7 @@ def test_places_are_kept_within_a_bound_and_those_made_again_are_right(
     assert opened(datagrams) == expected
 
 
+@python_only
 def test_views_of_places_are_made_once(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = whole(1248)
     allow(site, plan)
@@ -590,6 +598,7 @@ def test_a_superpacket_fits_an_area_up_to_the_last_byte(
     assert opened([each for _, datagrams in found for each in datagrams]) == plan.packets()
 
 
+@python_only
 def test_packets_and_superpackets_of_one_flow_keep_their_order_and_share_a_reservation_only_with_their_kind(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,12 +11,11 @@ from nebula_mp.datapath.api import Drop, Sealer, UpcallLimits, UpcallReason
 from nebula_mp.newtypes import Buffer, Cipher, Counter, Seconds, TunnelIndex
 from nebula_mp.shm_counters import SPAN_MAX, Refusal, SendCounters
 from nebula_mp.shm_flows import REFUSED
-from nebula_mp.shm_table import ROWS_AT, SEND_ROW
 from nebula_mp.shm_tunnels import TunnelState
 from nebula_mp.wire.header import COUNTER_LIMIT, Header, MessageType
 from nebula_mp.wire.ip import parse_flow
 from tests.datapath.conftest import MakeSite
-from tests.datapath.sites import INDEX_FAR, INDEX_NEAR, KEY_OUT, Site, connect, drained, packet
+from tests.datapath.sites import INDEX_FAR, INDEX_NEAR, KEY_OUT, Site, connect, drained, packet, store_counter
 from tests.support import native, native_calls, tables
 from tests.support.native import python_only
 from tests.support.watched import KilledError
@@ -450,11 +449,6 @@ def test_upcalls_beyond_the_limit_and_beyond_the_ring_are_counted(make_site: Mak
     assert site.drops() == {Drop.UPCALL_LIMITED: 2, Drop.UPCALL_RING_FULL: 1}
     assert len(site.upcalls()) == 5
     site.check_ledger()
-
-
-def store_counter(site: Site, row: int, counter: int) -> None:
-    at = ROWS_AT + row * SEND_ROW.size + SEND_ROW.fields["counter"].offset
-    os.pwrite(site.tables.send.descriptor, counter.to_bytes(8, "little"), at)
 
 
 def test_nothing_is_sealed_at_the_end_of_the_counter(site: Site) -> None:
