@@ -16,7 +16,7 @@
 use crate::error::Result;
 use crate::filler::Filler;
 use crate::header::{HEADER_BYTES, OVERHEAD_BYTES};
-use crate::runs::PACKETS_MAX;
+use crate::runs::{sealed_bytes, PACKETS_MAX};
 use crate::segment::Cut;
 use crate::sys;
 use crate::virtio;
@@ -52,7 +52,8 @@ pub struct Scatter {
     pub len: usize,
     header_bytes: usize,
     payload_bytes: usize,
-    places: usize,
+    /// Bytes of the packet that have a place in the area.
+    placed: usize,
 }
 
 impl Scatter {
@@ -63,14 +64,15 @@ impl Scatter {
     /// Where the beginning of the packet lies in the area, and how much of it without a gap.
     pub fn head(&self) -> std::ops::Range<usize> {
         let begin = self.base + HEADER_BYTES;
-        begin..begin + self.len.min(self.header_bytes + self.payload_bytes)
+        let whole = (self.header_bytes + self.payload_bytes).min(self.placed);
+        begin..begin + self.len.min(whole)
     }
 
     /// Whether every byte lies where this cut wants it.
     pub fn fits(&self, cut: &Cut) -> bool {
         cut.header_bytes == self.header_bytes
             && cut.payload_bytes == self.payload_bytes
-            && cut.count <= self.places
+            && self.len <= self.placed
     }
 }
 
@@ -79,7 +81,8 @@ impl Scatter {
 struct Guess {
     header_bytes: usize,
     payload_bytes: usize,
-    count: usize,
+    /// Of the last one, once it was sealed.
+    sealed_bytes: usize,
     misses: u32,
 }
 
@@ -150,7 +153,7 @@ impl TunQueue {
             Some(guess) => self.aim(&guess, filler, ahead)?,
             None => None,
         };
-        let rest = at + scatter.map_or(0, |it| it.header_bytes + it.places * it.payload_bytes);
+        let rest = at + scatter.map_or(0, |it| it.placed);
         let end = at + PACKET_BYTES_MAX;
         if rest < end {
             self.parts.push(part(&mut self.arena[rest..end]));
@@ -185,29 +188,32 @@ impl TunQueue {
         let &Guess {
             header_bytes,
             payload_bytes,
-            count,
+            sealed_bytes,
             ..
         } = guess;
         let stride = header_bytes + payload_bytes + OVERHEAD_BYTES;
         let room_bytes = filler.room_bytes();
-        let needed = bytes + count * stride;
+        let needed = bytes + sealed_bytes;
         if needed > room_bytes
             || entries + 1 > filler.entries_max()
             || !filler.try_room(needed, entries + 1, 1)?
         {
             return Ok(None);
         }
-        let base = filler.at + bytes;
-        let places = ((room_bytes - base) / stride)
-            .min((PACKET_BYTES_MAX - header_bytes).div_ceil(payload_bytes))
+        let (base, area) = (filler.at + bytes, filler.area());
+        let places = (PACKET_BYTES_MAX - header_bytes)
+            .div_ceil(payload_bytes)
             .min(PACKETS_MAX);
-        let area = filler.area();
-        let data = &mut filler.data()[base..base + places * stride];
-        let mut gap = HEADER_BYTES;
-        for place in data.chunks_exact_mut(stride) {
-            self.parts.push(part(
-                &mut place[gap..stride - (OVERHEAD_BYTES - HEADER_BYTES)],
-            ));
+        let end = room_bytes.min(base + places * stride);
+        let (mut gap, mut placed) = (HEADER_BYTES, header_bytes);
+        for place in filler.data()[base..end].chunks_mut(stride) {
+            // The last one may have room only for a shorter packet.
+            let Some(payload) = place.len().checked_sub(header_bytes + OVERHEAD_BYTES) else {
+                break;
+            };
+            placed += payload;
+            let end = HEADER_BYTES + header_bytes + payload;
+            self.parts.push(part(&mut place[gap..end]));
             gap = HEADER_BYTES + header_bytes;
         }
         Ok(Some(Scatter {
@@ -216,42 +222,30 @@ impl TunQueue {
             len: 0,
             header_bytes,
             payload_bytes,
-            places,
+            placed,
         }))
     }
 
     /// Put a packet together in the arena, as if it had been read there.
     pub fn linearise(&mut self, it: &Scatter, area: &[u8]) {
-        let Scatter {
-            base,
-            len,
-            header_bytes,
-            payload_bytes,
-            ..
-        } = *it;
-        let out = &mut self.arena[self.at..self.at + len];
+        let out = &mut self.arena[self.at..self.at + it.len.min(it.placed)];
         let head = it.head();
-        let mut done = head.len();
-        out[..done].copy_from_slice(&area[head]);
-        let mut from = base + HEADER_BYTES + header_bytes;
-        for _ in 1..it.places {
-            if done >= len {
-                return;
-            }
+        let (first, rest) = out.split_at_mut(head.len());
+        first.copy_from_slice(&area[head]);
+        let mut from = it.base + HEADER_BYTES + it.header_bytes;
+        for piece in rest.chunks_mut(it.payload_bytes) {
             from += it.stride();
-            let size = payload_bytes.min(len - done);
-            out[done..done + size].copy_from_slice(&area[from..from + size]);
-            done += size;
+            piece.copy_from_slice(&area[from..from + piece.len()]);
         }
     }
 
     /// Expect more superpackets like this one.
     pub fn expect(&mut self, cut: &Cut) {
         // One that needs more places than a run has would not be whole in the area.
-        self.guess = (cut.count <= PACKETS_MAX).then_some(Guess {
+        self.guess = (cut.count <= PACKETS_MAX).then(|| Guess {
             header_bytes: cut.header_bytes,
             payload_bytes: cut.payload_bytes,
-            count: cut.count,
+            sealed_bytes: sealed_bytes(cut, 0, cut.count),
             misses: 0,
         });
     }
