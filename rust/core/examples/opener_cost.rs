@@ -7,15 +7,22 @@
 #[allow(dead_code)]
 #[path = "../tests/opener/host.rs"]
 mod host;
+#[allow(dead_code)]
+#[path = "../tests/opener/memory.rs"]
+mod memory;
+#[allow(dead_code)]
+#[path = "../tests/opener/packets.rs"]
+mod packets;
 
 use std::hint::black_box;
 use std::os::fd::AsRawFd;
 use std::time::Instant;
 
-use host::{Flow, Host, Plan};
+use host::{Host, Plan};
 use nebula_mp_core::aead::{Cipher, Key};
 use nebula_mp_core::header::{HEADER_BYTES, TAG_BYTES};
 use nebula_mp_core::sys;
+use packets::Flow;
 
 const ROUNDS: usize = 2000;
 

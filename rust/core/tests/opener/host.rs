@@ -11,7 +11,6 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::rc::Rc;
 
 use nebula_mp_core::aead::{Cipher, Key};
-use nebula_mp_core::checksum::{fold, sum};
 use nebula_mp_core::counters::Traffic;
 use nebula_mp_core::error::Result;
 use nebula_mp_core::filler::Filler;
@@ -19,8 +18,7 @@ use nebula_mp_core::flows::{flow_hash, FlowView};
 use nebula_mp_core::header::{HEADER_BYTES, MESSAGE, TAG_BYTES, VERSION};
 use nebula_mp_core::ip::parse_flow;
 use nebula_mp_core::opener::{Network, Offloads, Opener};
-use nebula_mp_core::region::Layout;
-use nebula_mp_core::ring::{Consumer, Entry, Producer, Recovery};
+use nebula_mp_core::ring::{Consumer, Entry, Recovery};
 use nebula_mp_core::sealer::Shared;
 use nebula_mp_core::segment::Cut;
 use nebula_mp_core::stats::StatsPage;
@@ -31,8 +29,9 @@ use nebula_mp_core::upcalls::{Limits, Reason, Strangers, Upcalls, RECORD_BYTES};
 use nebula_mp_core::virtio::{Gso, VirtioHeader, HEADER_BYTES as VIRTIO_BYTES};
 use nebula_mp_core::windows::ReceiveWindows;
 
-const PAGE: usize = 4096;
-pub const ROWS: usize = 64;
+use crate::memory::{region, rows, word, Ring, NAMES, PAGE, ROWS};
+use crate::packets::{FAR4, FAR6};
+
 const BUCKETS: usize = 256;
 pub const INDEX: u32 = 0xBEEF_0003;
 const ROW: usize = (INDEX & 0xFFFF) as usize;
@@ -43,78 +42,6 @@ const SEND_KEY: [u8; 32] = [0x11; 32];
 const RECEIVE_KEY: [u8; 32] = [0x22; 32];
 const DIGEST: u64 = 0x1234_5678_9ABC_DEF0;
 
-/// As `nebula_mp.shm_stats.NAMES`, of which the order matters to nobody but the page's own readers.
-const NAMES: [&str; 68] = [
-    "mp.passes",
-    "mp.cpu.us",
-    "mp.tun.rx.packets",
-    "mp.tun.rx.bytes",
-    "mp.tun.tx.packets",
-    "mp.tun.tx.bytes",
-    "mp.udp.rx.packets",
-    "mp.udp.rx.bytes",
-    "mp.udp.tx.packets",
-    "mp.udp.tx.bytes",
-    "mp.ring.full.seal",
-    "mp.ring.full.open",
-    "mp.ring.full.upcall",
-    "mp.ring.full.stranger",
-    "mp.ring.resumed",
-    "mp.lease.refused",
-    "mp.drain.switches",
-    "mp.upcalls",
-    "mp.upcalls.limited",
-    "mp.strangers",
-    "mp.counter.span",
-    "mp.counter.busy",
-    "mp.tun.again",
-    "mp.tun.split",
-    "mp.tun.drop.nobufs",
-    "mp.tun.drop.refused",
-    "mp.tun.drop.again",
-    "mp.tun.drop.lost",
-    "mp.tun.drop.offload",
-    "mp.udp.gso_off",
-    "mp.udp.drop.unreachable",
-    "mp.udp.drop.toobig",
-    "mp.udp.drop.eperm",
-    "mp.udp.drop.other",
-    "udp.tx.dropped",
-    "mp.rx.icmp",
-    "drop.short",
-    "drop.version",
-    "drop.type",
-    "drop.looped",
-    "drop.early",
-    "drop.unknown_index",
-    "drop.truncated",
-    "drop.replay",
-    "drop.old",
-    "drop.auth",
-    "drop.relay_index",
-    "drop.inner_ip",
-    "drop.source_addr",
-    "drop.firewall.incoming.local_address",
-    "drop.firewall.incoming.remote_address",
-    "drop.firewall.incoming.no_rule",
-    "drop.oversize",
-    "drop.tun.inner_ip",
-    "drop.tun.broadcast",
-    "drop.tun.multicast",
-    "drop.tun.own_address",
-    "drop.tun.no_route",
-    "drop.firewall.outgoing.local_address",
-    "drop.firewall.outgoing.remote_address",
-    "drop.firewall.outgoing.no_rule",
-    "drop.exhausted",
-    "spare.0",
-    "spare.1",
-    "spare.2",
-    "spare.3",
-    "spare.4",
-    "spare.5",
-];
-
 /// Why a datagram goes no further: what the ledger adds up.
 const REFUSALS: [&str; 5] = [
     "mp.ring.full.open",
@@ -123,92 +50,6 @@ const REFUSALS: [&str; 5] = [
     "mp.upcalls.limited",
     "mp.strangers",
 ];
-
-fn region(magic: &'static [u8; 8], size: usize, parameters: &[u64]) -> Memory {
-    let layout = Layout {
-        name: "test",
-        magic,
-        version: 1,
-    };
-    Memory::new(&layout, size, parameters)
-}
-
-fn rows(magic: &'static [u8; 8], row: usize, count: usize) -> Memory {
-    region(magic, PAGE + row * count, &[count as u64])
-}
-
-/// The word at an offset in bytes.
-fn word(memory: &Memory, at: usize) -> u64 {
-    assert_eq!(at % 4, 0);
-    let mut word = [0; 8];
-    word.copy_from_slice(&memory.bytes(at, 8));
-    u64::from_le_bytes(word)
-}
-
-/// A ring as its maker holds it.
-pub struct Ring {
-    bytes: usize,
-    data: Memory,
-    state: Memory,
-}
-
-impl Ring {
-    fn new(areas: usize, area_bytes: usize, entries: usize) -> Self {
-        let data_bytes = PAGE + areas * area_bytes;
-        Self {
-            bytes: data_bytes,
-            data: region(
-                b"nmp:data",
-                data_bytes,
-                &[areas as u64, area_bytes as u64, entries as u64],
-            ),
-            state: region(b"nmp:stat", PAGE, &[]),
-        }
-    }
-
-    fn small() -> Self {
-        Self::new(128, 16 * 1024, 32)
-    }
-
-    fn producer(&self, poison: bool) -> Producer {
-        Producer::new(self.data.writable(), self.state.read_only(), poison).unwrap()
-    }
-
-    fn consumer(&self, recovery: Recovery, segments: bool) -> Consumer {
-        let (data, state) = (self.data.read_only(), self.state.writable());
-        Consumer::new(data, state, None, recovery, segments, ROWS).unwrap()
-    }
-
-    /// All that is or was in it.
-    pub fn everything(&self) -> Vec<u8> {
-        self.data.bytes(0, self.bytes)
-    }
-
-    /// What waits, which is gone then.
-    fn drain(consumer: &mut Consumer) -> Vec<(Entry, Vec<u8>)> {
-        let mut found = Vec::new();
-        while consumer.pending().unwrap() > 0 {
-            for number in consumer.load().unwrap()..consumer.len() {
-                let (entry, data) = consumer.entry(number);
-                found.push((entry, data.to_vec()));
-            }
-            consumer.release().unwrap();
-        }
-        found
-    }
-
-    /// Fill it, as another reader would.
-    pub fn fill(&self, records: &[Vec<u8>]) {
-        let mut filler = Filler::new(self.producer(true));
-        for record in records {
-            assert!(filler.try_room(record.len(), 1, 1).unwrap());
-            let at = filler.at;
-            filler.data()[at..at + record.len()].copy_from_slice(record);
-            filler.describe(record.len(), 0, 0);
-        }
-        filler.flush();
-    }
-}
 
 /// An upcall as control reads it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -701,107 +542,4 @@ fn cut_back(data: &[u8]) -> Vec<Vec<u8>> {
     (0..cut.count)
         .map(|each| out[each * stride..each * stride + cut.segment_size(each)].to_vec())
         .collect()
-}
-
-pub const FAR4: [u8; 4] = [10, 9, 0, 2];
-const NEAR4: [u8; 4] = [10, 9, 0, 1];
-pub const FAR6: [u8; 16] = [0xFD, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2];
-const NEAR6: [u8; 16] = [0xFD, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
-pub const ACK: u8 = 0x10;
-pub const PSH: u8 = 0x08;
-
-/// A flow from the far host's local stack to ours, and what its next packet says.
-#[derive(Clone, Copy)]
-pub struct Flow {
-    pub is_ipv6: bool,
-    pub is_tcp: bool,
-    pub port: u16,
-    pub sequence: u32,
-    pub id: u16,
-    pub flags: u8,
-    pub source: [u8; 4],
-}
-
-impl Flow {
-    pub fn new(is_ipv6: bool, is_tcp: bool) -> Self {
-        Self {
-            is_ipv6,
-            is_tcp,
-            port: 5000,
-            sequence: 0xFFFF_F000,
-            id: 0xFFF0,
-            flags: ACK,
-            source: FAR4,
-        }
-    }
-
-    pub fn on_port(mut self, port: u16) -> Self {
-        self.port = port;
-        self
-    }
-
-    /// Its next packet, with so much payload.
-    pub fn next(&mut self, bytes: usize) -> Vec<u8> {
-        let payload: Vec<u8> = (0..bytes)
-            .map(|each| (each as u32 ^ self.sequence >> 3 ^ u32::from(self.id)) as u8)
-            .collect();
-        let packet = self.packet(&payload);
-        self.sequence = self.sequence.wrapping_add(bytes as u32);
-        self.id = self.id.wrapping_add(1);
-        packet
-    }
-
-    fn packet(&self, payload: &[u8]) -> Vec<u8> {
-        let mut transport = Vec::new();
-        transport.extend(443_u16.to_be_bytes());
-        transport.extend(self.port.to_be_bytes());
-        let checksum_at = if self.is_tcp {
-            transport.extend(self.sequence.to_be_bytes());
-            transport.extend(77_u32.to_be_bytes());
-            transport.extend([8 << 4, self.flags]);
-            transport.extend(500_u16.to_be_bytes());
-            transport.extend([0; 4]);
-            transport.extend([1, 1, 8, 10, 1, 2, 3, 4, 5, 6, 7, 8]); // timestamps
-            16
-        } else {
-            transport.extend((8 + payload.len() as u16).to_be_bytes());
-            transport.extend([0; 2]);
-            6
-        };
-        transport.extend(payload);
-        let protocol = if self.is_tcp { 6 } else { 17 };
-        let addresses = if self.is_ipv6 {
-            [FAR6, NEAR6].concat()
-        } else {
-            [self.source, NEAR4].concat()
-        };
-        let parts = [
-            sum(&addresses),
-            protocol,
-            transport.len() as u16,
-            sum(&transport),
-        ];
-        let total = parts.iter().map(|each| u64::from(*each)).sum();
-        let field = match !fold(total) {
-            0 if !self.is_tcp => 0xFFFF,
-            field => field,
-        };
-        transport[checksum_at..checksum_at + 2].copy_from_slice(&field.to_be_bytes());
-        let mut packet = Vec::new();
-        if self.is_ipv6 {
-            packet.extend([0x60, 0, 0, 0]);
-            packet.extend((transport.len() as u16).to_be_bytes());
-            packet.extend([protocol as u8, 64]);
-        } else {
-            packet.extend([0x45, 0]);
-            packet.extend((20 + transport.len() as u16).to_be_bytes());
-            packet.extend(self.id.to_be_bytes());
-            packet.extend([0, 0, 64, protocol as u8, 0, 0]);
-            let field = !fold(u64::from(sum(&packet)) + u64::from(sum(&addresses)));
-            packet[10..12].copy_from_slice(&field.to_be_bytes());
-        }
-        packet.extend(addresses);
-        packet.extend(transport);
-        packet
-    }
 }
