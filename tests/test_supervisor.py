@@ -7,12 +7,13 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from nebula_mp import supervisor
+from nebula_mp.datapath import kernels
 from nebula_mp.errors import SystemCallError
 from nebula_mp.newtypes import CertVersion
 from nebula_mp.privileges import SUPERVISOR_AS_ROOT, inspect_process
@@ -62,6 +63,60 @@ def test_it_starts_services_control_writers_and_readers_and_says_so(running: Sup
     assert running.records("a warning of the configuration")
     assert "mtu 1300" in running.link()
     assert " 10.42.0.1/24 " in running.in_network("ip", "-o", "address", "show", "dev", DEVICE)
+
+
+def not_installed() -> None:
+    kernels.is_installed = lambda: False
+
+
+def broken() -> None:
+    kernels.is_installed = lambda: True
+    kernels._why_unusable = lambda: "it is older than this program"
+
+
+@pytest.mark.parametrize(
+    ("prepare", "level", "reason"),
+    [(not_installed, "INFO", "is not installed"), (broken, "WARN", "it is older than this program")],
+)
+def test_why_the_accelerator_is_not_used_is_said(
+    prepare: Callable[[], None], level: str, reason: str, gateway: Supervised
+) -> None:
+    gateway.configure(kernel="auto")
+    gateway.start(prepare=prepare)
+
+    assert gateway.records("Nebula interface is active")[0]["kernel"] == "python"
+    said = gateway.wait("accelerator not used")
+    assert said["level"] == level
+    assert reason in said["reason"]
+
+
+@pytest.mark.parametrize("prepare", [not_installed, broken])
+def test_without_the_accelerator_that_was_asked_for_nothing_starts(
+    prepare: Callable[[], None], gateway: Supervised
+) -> None:
+    gateway.configure(kernel="rust")
+    gateway.launch(prepare=prepare)
+
+    error = gateway.ended().error
+    assert error is not None
+    assert error.startswith("KernelError: the native kernel was asked for and cannot be used: ")
+    assert not (gateway.home / "run").exists()
+
+
+def test_the_kernel_that_was_asked_for_in_python_needs_no_explanation(running: Supervised) -> None:
+    running.wait("offloads")
+
+    assert running.records("accelerator not used") == []
+
+
+@pytest.mark.native
+def test_the_accelerator_is_loaded_before_the_first_fork(gateway: Supervised) -> None:
+    gateway.configure(kernel="rust")
+    gateway.start()
+
+    assert gateway.records("Nebula interface is active")[0]["kernel"] == "rust"
+    for pid in (gateway.pid, *map(gateway.child, ALL)):
+        assert "/_accel." in Path(f"/proc/{pid}/maps").read_text()
 
 
 def test_the_service_manager_hears_of_it_when_it_is_up_and_when_it_ends(

@@ -6,6 +6,7 @@ Source: proc_pid_net(5).
 """
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ UDP_PORT = 4242
 DEVICE = "nmpdemo"
 _READY_TIMEOUT_S = 15.0
 _LOG_LINES = 8
+_KERNEL = re.compile(r" kernel=(\w+)\b")  # in the line that says that it is up
 
 
 def config_text(folder: Path, name: str, peers: dict[str, str]) -> str:
@@ -61,16 +63,20 @@ class Node:
         with self.log.open("wb") as log:
             self._process = self.space.start(*argv, stdout=log)
 
-    def wait_ready(self) -> None:
-        """Return when the overlay has its route and the underlay its socket; SystemCallError if never."""
+    def wait_ready(self) -> str:
+        """Return when the overlay has its route and the underlay its socket; SystemCallError if never.
+
+        Gives the kernel that the node says it has.
+        """
         deadline = time.monotonic() + _READY_TIMEOUT_S
-        while not self._is_ready():
+        while not (self._is_ready() and (kernel := _KERNEL.search(self.log.read_text(errors="replace")))):
             self.check_running()
             if time.monotonic() > deadline:
                 raise SystemCallError(
                     f"node {self.name} was not ready within {_READY_TIMEOUT_S:g} s\n{self._last_words()}"
                 )
             time.sleep(0.01)
+        return kernel[1]
 
     def check_running(self) -> None:
         """Raise SystemCallError, with the node's own exit code and last words, when it has ended."""

@@ -144,9 +144,9 @@ class Story:
             peers = {OVERLAY[other]: UNDERLAY[other] for other in NAMES if other != name}
             node.config.write_text(config_text(self._folder, name, peers))
             node.start()
-        for node in self._nodes.values():
-            node.wait_ready()
-        self._report(Step(3, "start", f"{len(NAMES)} nodes, kernel python", time.monotonic() - began))
+        kernels = {node.wait_ready(): None for node in self._nodes.values()}
+        what = f"{len(NAMES)} nodes, kernel {', '.join(kernels)}"
+        self._report(Step(3, "start", what, time.monotonic() - began))
 
     def _shake_hands(self) -> float:
         """The first packet waits for the handshake that it starts, so its reply measures both."""

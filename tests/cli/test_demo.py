@@ -160,7 +160,7 @@ def running_demo(*options: str) -> Iterator["subprocess.Popen[str]"]:
 SAMPLE = [
     r'1/6 certificates   CA "demo", nodes a and b +[\d.]+ m?s',
     r"2/6 namespaces     nmp-\d+-\w+-a <-veth-> nmp-\d+-\w+-b",
-    r"3/6 start          2 nodes, kernel python +[\d.]+ m?s",
+    r"3/6 start          2 nodes, kernel (?:python|rust) +[\d.]+ m?s",
     r"4/6 handshake      a -> b direct 192\.0\.2\.2:4242 +[\d.]+ m?s",
     r"5/6 ping           20/20, median \d+ us",
     r"6/6 throughput     a -> b [\d.]+, b -> a [\d.]+ Gbit/s; busiest process: [ab] at \d+ %",

@@ -383,7 +383,7 @@ def test_a_gateway_is_seen_reloaded_and_stopped_by_its_commands(
 
     assert shown.returncode == 0
     assert re.match(
-        rf"{NAME}  up \d+s  10\.42\.0\.1/24 fd00:42::1/64  cert host expires in \S+ \S+  kernel python"
+        rf"{NAME}  up \d+s  10\.42\.0\.1/24 fd00:42::1/64  cert host expires in \S+ \S+  kernel (?:python|rust)"
         r"  workers (\d+)/\1\n"
         r"no tunnels: ",
         shown.stdout,

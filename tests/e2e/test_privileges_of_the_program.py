@@ -76,13 +76,19 @@ def _pids(node: Node) -> dict[str, int]:
     return pids
 
 
-def test_every_process_has_what_its_work_needs_and_nothing_more(make_pair: MakePair) -> None:
+@pytest.mark.parametrize("kernel", ["python", pytest.param("rust", marks=pytest.mark.native)])
+def test_every_process_has_what_its_work_needs_and_nothing_more(make_pair: MakePair, kernel: str) -> None:
     pair = _pair(make_pair)
+    pair.a.kernel = kernel
     _start(pair)
 
     found = _take_apart(pair.a)
 
     print("\n" + table(list(found.values())))
+    assert pair.a.call("status")["kernel"] == kernel
+    for each in found.values():
+        paths = "\n".join(mapping.path for mapping in each.facts.mappings)
+        assert ("/numpy/" in paths, "/_accel." in paths) == (kernel == "python", kernel == "rust"), each.name
     _check_supervisor(found["supervisor"])
     children = [each for each in found.values() if each.name != "supervisor"]
     assert len(children) == 2 + 2 * WORKERS

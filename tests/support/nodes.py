@@ -106,8 +106,9 @@ class Node:
     """One gateway. `start` may be called again after `stop`, `kill` or `wait_for_end`.
 
     `static` maps overlay addresses to underlay addresses: whoever has an entry can start a handshake.
-    `names` are what /etc/hosts holds for this process. `workers` and `drain` go into the file, `flags` onto
-    the command line; all three are for our own program only.
+    `names` are what /etc/hosts holds for this process. `workers`, `drain` and `kernel` go into the file,
+    `flags` onto the command line; all of them are for our own program only. Without `kernel` it is what
+    NEBULA_MP_KERNEL says.
     """
 
     program: str
@@ -122,6 +123,7 @@ class Node:
     names: Mapping[str, IPAddress] = field(default_factory=dict)
     workers: int | None = field(default_factory=workers_of_this_run)
     drain: str | None = field(default_factory=drain_of_this_run)
+    kernel: str | None = None
     flags: Sequence[str] = ()
     process: "subprocess.Popen[bytes] | None" = None
 
@@ -185,6 +187,7 @@ class Node:
             config["mp"] = {"run_dir": str(self.run_dir)}
             config["mp"] |= {} if self.workers is None else {"workers": self.workers}
             config["mp"] |= {} if self.drain is None else {"drain": self.drain}
+            config["mp"] |= {} if self.kernel is None else {"kernel": self.kernel}
         for key, value in self.extra.items():
             config[key] = {**config[key], **value} if isinstance(config.get(key), dict) else value
         return config

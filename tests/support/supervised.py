@@ -28,6 +28,7 @@ from nebula_mp.config.load import LoadedConfig
 from nebula_mp.config.model import (
     Config,
     DrainMode,
+    KernelChoice,
     ListenConfig,
     LoggingConfig,
     LogLevel,
@@ -315,7 +316,7 @@ class Supervised:
 
     def configure(self, **notes: object) -> None:
         """What the next load of the configuration finds: `workers`, `mtu`, `dev`, `port`, `so_mark`,
-        `level`, `offload`, `bad`.
+        `level`, `offload`, `kernel`, `bad`.
         """
         self.notes_path.write_text(json.dumps(notes))
 
@@ -336,6 +337,7 @@ class Supervised:
                 run_dir=str(self.home / "run"),
                 workers=notes.get("workers", 1),
                 drain=DrainMode.READER,
+                kernel=KernelChoice(notes.get("kernel", "python")),
                 user="nobody",
                 offload=Offloads(**notes.get("offload", {})),
             ),
