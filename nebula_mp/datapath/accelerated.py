@@ -77,7 +77,11 @@ class NativeReader:
     def __init__(self, native: _accel.Reader, clock: Callable[[], Seconds]) -> None:
         self.sealer = NativeSealer(native, clock)
         self.opener = NativeOpener(native, clock)
-        self.sweep = native.sweep
+        self._native = native
+
+    def sweep(self) -> int:
+        """As `Reader.sweep`."""
+        return self._native.sweep()
 
 
 class NativeSendCounters(SendCounters):

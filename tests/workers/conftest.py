@@ -7,7 +7,10 @@ from typing import Any, Protocol
 import pytest
 
 from tests.datapath.sites import connect
+from tests.support.native import kernel
 from tests.workers.rig import Rig
+
+__all__ = ["kernel"]
 
 
 class MakeRig(Protocol):

@@ -20,7 +20,7 @@ from typing import Any, Self
 import pytest
 
 from nebula_mp import clock
-from nebula_mp.config.model import NO_OFFLOADS, DrainMode, LoggingConfig
+from nebula_mp.config.model import DrainMode, LoggingConfig
 from nebula_mp.datapath.api import RingFds
 from nebula_mp.newtypes import IPNetwork
 from nebula_mp.privileges import close_all_but
@@ -114,7 +114,7 @@ class Rig:
             logging=LoggingConfig(),
             tun=self.tun_fds[worker],
             udp=self.udp_fds[worker],
-            offloads=NO_OFFLOADS,
+            offloads=site.offloads,
             memory=site.memory(worker),
             seal_ring=_drained(site.seal[worker]),
             open_ring=_drained(site.opened[worker]),
@@ -143,7 +143,7 @@ class Rig:
             logging=LoggingConfig(),
             tun=self.tun_fds[worker],
             udp=self.udp_fds[worker],
-            offloads=NO_OFFLOADS,
+            offloads=site.offloads,
             tunnels=site.tables.tunnels.read_only,
             seal_ring=_drained(site.seal[worker]),
             open_ring=_drained(site.opened[worker]),

@@ -22,9 +22,12 @@ from nebula_mp.workers.parts import Role, stranger_lock
 from tests.datapath.sites import INDEX_NEAR, address_of, message, packet
 from tests.support import native, rings
 from tests.support.forked import shared_words
+from tests.support.native import python_only
 from tests.support.private_net import private_network
 from tests.workers.conftest import MakeRig
 from tests.workers.rig import Rig, is_silent, receive, soon, without_belt
+
+pytestmark = pytest.mark.usefixtures("kernel")
 
 BACK = packet(1, back=True)
 
@@ -269,6 +272,7 @@ def test_a_kernel_that_wants_no_naps_gets_none(make_rig: MakeRig) -> None:
 # Packets held back for a counter.
 
 
+@python_only
 def test_packets_held_back_are_dropped_50_milliseconds_later_and_the_next_ones_go(make_rig: MakeRig) -> None:
     """Another process keeps the lock of the tunnel's counter, as one that was stopped would."""
     rig = make_rig()
@@ -290,6 +294,7 @@ def test_packets_held_back_are_dropped_50_milliseconds_later_and_the_next_ones_g
     rig.site.check_ledger()
 
 
+@python_only
 def test_a_reader_does_not_spin_while_it_holds_packets_back_and_more_wait(
     make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,6 +316,7 @@ def test_a_reader_does_not_spin_while_it_holds_packets_back_and_more_wait(
         receive(rig.site.far)
 
 
+@python_only
 def test_a_reader_that_is_told_to_finish_sees_to_the_packets_that_it_holds_back(
     make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -415,9 +421,10 @@ def test_keys_of_tunnels_that_ended_are_swept_again_and_again(make_rig: MakeRig)
         calls[0] += 1
         return 0
 
+    kept = "accelerated.NativeReader" if native.is_native() else "python.PythonReader"
     rig.start(
         Role.READER,
-        prepare=lambda: pytest.MonkeyPatch().setattr("nebula_mp.datapath.python.PythonReader.sweep", sweep),
+        prepare=lambda: pytest.MonkeyPatch().setattr(f"nebula_mp.datapath.{kept}.sweep", sweep),
     )
 
     assert soon(lambda: calls[0] >= 3)

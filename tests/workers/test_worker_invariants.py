@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -37,11 +38,16 @@ from nebula_mp.workers import reader, writer
 from nebula_mp.workers.drain_mode import AutoDrain, Senses
 from nebula_mp.workers.parts import Parts, Role
 from tests.datapath.sites import INDEX_FAR, INDEX_NEAR, KEY_OUT, connect, drained, message, packet
-from tests.support import rings
+from tests.support import native, native_calls, rings
+from tests.support.native import python_only
 from tests.workers.rig import Prepare, Rig, receive, soon, without_belt
+
+pytestmark = pytest.mark.usefixtures("kernel")
 
 ROW = INDEX_NEAR & 0xFFFF
 AEAD = Aead(Cipher.AES, KEY_OUT)
+BELL_BYTES = 8
+TRAINS = replace(NO_OFFLOADS, udp_segment=True)
 HOW: dict[str, dict[str, Any]] = {
     "reader": {"drain": DrainMode.READER},
     "writer": {"drain": DrainMode.WRITER},
@@ -190,30 +196,20 @@ def die_at(step: int) -> Prepare:
     return prepare
 
 
-def send_trains() -> None:
-    """For `prepare`: what can go as a train does so, whatever was granted."""
-    real = drains.Trains
-
-    def trains(*, on: bool) -> drains.Trains:
-        del on
-        return real(on=True)
-
-    pytest.MonkeyPatch().setattr(drains, "Trains", trains)
-
-
+@python_only
 @pytest.mark.parametrize("contents", ["datagrams", "trains", "packets"])
 def test_a_writer_killed_at_any_instruction_between_call_and_release_alters_nothing(contents: str) -> None:
     """Its reader goes on filling with what it may, and poisons what came back, before anybody drains."""
     is_seal = contents != "packets"
     recovery = Recovery.SEND_AGAIN if is_seal else Recovery.GO_ON_BEHIND
-    prepare = send_trains if contents == "trains" else lambda: None
-    with connected(area_bytes=4096, entries_max=8) as rig:
+    offloads = TRAINS if contents == "trains" else NO_OFFLOADS
+    with connected(area_bytes=4096, entries_max=8, offloads=offloads) as rig:
         memory = (rig.site.seal if is_seal else rig.site.opened)[0]
         delivered: list[int] = []
         steps = deaths = survived = 0
         while survived < 2:  # running, since areas differ
             publish(memory, 1, contents)
-            status = rig.start(Role.WRITER, prepare=all_of(prepare, die_at(steps))).wait()
+            status = rig.start(Role.WRITER, prepare=die_at(steps)).wait()
             assert status in {0, -signal.SIGKILL}
             survived = survived + 1 if status == 0 else 0
             deaths += status != 0
@@ -231,7 +227,9 @@ def test_a_writer_killed_at_any_instruction_between_call_and_release_alters_noth
 def write_out(rig: Rig) -> None:
     """Drain the open ring as a successor would."""
     stats = rig.site.pages[1].descriptor
-    drain = rig.site.kernel.drain_tun(rig.site.open_end(), rig.tun_fds[0], stats=stats, offloads=NO_OFFLOADS)
+    drain = rig.site.kernel.drain_tun(
+        rig.site.open_end(), rig.tun_fds[0], stats=stats, offloads=rig.site.offloads
+    )
     drain.drain(100)
 
 
@@ -330,6 +328,17 @@ def calls_fail() -> None:
             raise OSError(dice.choice(FAULTS), "injected")
         return fate < 0.1
 
+    if native.is_native():
+
+        def send(*_: object) -> None:
+            throw()
+
+        def write_some(_: int, data: memoryview) -> int | None:
+            return len(data) - 1 if len(data) != BELL_BYTES and throw() else None
+
+        native_calls.hook(pytest.MonkeyPatch(), sendto=send, sendmsg=send, write=write_some)
+        return
+
     class Socket(socket.socket):
         def sendto(self, *arguments: Any) -> int:
             throw()
@@ -396,8 +405,8 @@ def test_kill_9_and_sigstop_at_random_alter_nothing_repeat_nothing_and_use_no_co
 ) -> None:
     """Two readers seal for one tunnel; all datagrams on the wire are looked at."""
     dice = random.Random(mode)
-    prepare = all_of(change_all_the_time, send_trains, *([calls_fail] if failing else []))
-    with connected(mode, range(5000, 5002), workers=2) as rig:
+    prepare = all_of(change_all_the_time, *([calls_fail] if failing else []))
+    with connected(mode, range(5000, 5002), workers=2, offloads=TRAINS) as rig:
         rig.start_all(prepare=prepare)
         load = Load(rig)
         deaths = {Role.READER: 0, Role.WRITER: 0}
@@ -465,8 +474,8 @@ def test_no_flow_is_reordered_and_every_packet_goes_out_or_is_counted_once(
 ) -> None:
     """Odd flows come in at the reader that does not own the tunnel, which hands them over."""
     dice = random.Random(mode)
-    prepare = all_of(change_all_the_time, send_trains, *([calls_fail] if failing else []))
-    with connected(mode, FLOWS, workers=2) as rig:
+    prepare = all_of(change_all_the_time, *([calls_fail] if failing else []))
+    with connected(mode, FLOWS, workers=2, offloads=TRAINS) as rig:
         rig.start_all(prepare=prepare)
         rig.site.now = clock.monotonic()
         counter = 3

@@ -10,8 +10,11 @@ from nebula_mp.shm_ring import TAIL, RingMemory, holder_word
 from nebula_mp.workers.parts import Role, descriptors, open_lock, seal_lock
 from tests.datapath.sites import INDEX_NEAR
 from tests.support import rings
+from tests.support.native import python_only
 from tests.workers.conftest import MakeRig
 from tests.workers.rig import Rig, is_silent, receive, soon, without_belt
+
+pytestmark = pytest.mark.usefixtures("kernel")
 
 ROW = INDEX_NEAR & 0xFFFF
 
@@ -118,6 +121,7 @@ def test_a_ring_that_the_reader_drains_is_left_to_it_and_costs_no_turns(make_rig
     assert receive(rig.site.far) == b"out"
 
 
+@python_only
 def test_each_ring_has_a_lock_of_its_own(make_rig: MakeRig) -> None:
     rig = make_rig(workers=2)
     assert rig.ring_locks.lock(open_lock(1)).try_take()
