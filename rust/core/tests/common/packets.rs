@@ -298,6 +298,9 @@ pub fn find_transport(packet: &[u8]) -> Option<(usize, u8)> {
         UDP => 8,
         _ => return None,
     };
+    if protocol == TCP && bytes < 20 {
+        return None;
+    }
     (packet.len() >= transport + bytes && transport >= 20).then_some((transport, protocol))
 }
 
