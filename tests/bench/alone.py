@@ -234,6 +234,7 @@ class Sample:
     cpu_us: tuple[float, ...]  # for a packet, by process
     busy: tuple[float, ...]  # share of a core, by process
     lost: int
+    drops: dict[str, int]  # in all, warming up included
 
 
 def measure(case: Case, network: Network, messages: list[Message], span_s: float) -> Sample:
@@ -261,7 +262,7 @@ def measure(case: Case, network: Network, messages: list[Message], span_s: float
             port = rig.socket.getsockname()[1]
             name = struct.pack("=HH4s8x", socket.AF_INET, socket.htons(port), b"\x7f\0\0\1")
             recording = Recording(messages, name)
-            window = max(512, 16 * max(each.packets for each in messages))
+            window = max(512, 12 * max(each.packets for each in messages))  # what a ring has room for
             arrived = _arrived(rig, "mp.tun.tx.packets")
             replay = Replay(recording, rig.site.far.fileno(), arrived, window, again=rig.reopen)
         arrived = _arrived(rig, "mp.udp.tx.packets" if is_tx else "mp.tun.tx.packets")
@@ -281,6 +282,7 @@ def measure(case: Case, network: Network, messages: list[Message], span_s: float
             tuple(each / 1000 / packets for each in spent),
             tuple(each / 1e9 / span for each in spent),
             replay.lost,
+            rig.site.drops(),
         )
 
 
@@ -325,7 +327,12 @@ def summary(case: Case, samples: list[Sample]) -> dict[str, Any]:
         "packets_per_s_of_a_whole_core_each": 1e6 / max(cpu),
         "lost": sum(each.lost for each in samples),
         "samples": [
-            {"packets_per_s": each.packets_per_s, "cpu_us": each.cpu_us, "busy": each.busy}
+            {
+                "packets_per_s": each.packets_per_s,
+                "cpu_us": each.cpu_us,
+                "busy": each.busy,
+                "drops": each.drops,
+            }
             for each in samples
         ],
     }

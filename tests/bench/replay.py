@@ -5,6 +5,7 @@ Knows how the kernel wants many messages described, and how many are on the way;
 Source: sendmmsg(2), udp(7) on UDP_SEGMENT, packet(7).
 """
 
+import bisect
 import ctypes
 import os
 import time
@@ -14,7 +15,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 AT_ONCE: Final = 64
-"""Messages of one call."""
+"""Messages of one call, at most."""
 
 STALLED_S: Final = 1.0
 """So long without anything arriving: what is on the way is lost."""
@@ -134,17 +135,19 @@ class Replay:
             if self._again is not None:
                 self.settle()
                 self._again()
-        self._await(self._window)
-        first = self._at
-        count = min(AT_ONCE, len(recording) - first)
+        # Half of it at a time, so that a call carries many.
+        on_the_way = self._await(self._window // 2)
+        first, before = self._at, recording.packets
+        most = bisect.bisect_right(before, before[first] + self._window - on_the_way) - 1
+        count = max(1, min(AT_ONCE, most - first))
         taken = recording.send(self._descriptor, first, count)
         self._at += taken
-        self._sent += recording.packets[self._at] - recording.packets[first]
+        self._sent += before[self._at] - before[first]
         if taken < count:
             time.sleep(_REST_S)
 
-    def _await(self, most: int) -> None:
-        """Wait until at most so many packets are on the way."""
+    def _await(self, most: int) -> int:
+        """Wait until at most so many packets are on the way; gives how many are."""
         seen, since = -1, time.monotonic()
         while (there := self._arrived()) + most < self._sent:
             now = time.monotonic()
@@ -153,8 +156,9 @@ class Replay:
             elif now - since > STALLED_S:
                 self.lost += self._sent - there
                 self._sent = there
-                return
-            time.sleep(_REST_S)
+            else:
+                time.sleep(_REST_S)
+        return self._sent - there
 
 
 def trains(datagrams: Iterable[bytes], *, most: int, limit_bytes: int) -> list[Message]:
