@@ -119,7 +119,11 @@ def texts() -> Iterator[Path]:
     for pattern in TEXTS:
         for found in CLONE.glob(pattern):
             files = found.rglob("*") if found.is_dir() else [found]
-            yield from (file for file in files if file.is_file() and "__pycache__" not in file.parts)
+            yield from (file for file in files if file.is_file() and not _is_built(file))
+
+
+def _is_built(file: Path) -> bool:
+    return "__pycache__" in file.parts or file.suffix == ".so"
 
 
 def test_no_file_speaks_of_the_machine_it_was_written_on() -> None:
