@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Bottom-up: `error`, `header`, `checksum`, `ip`, `virtio`, `segment`, `coalesce`, `aead`, `replay` (pure) ->
-//! `words`, `region`, `layout` (memory) -> `cursors`, `ring`, `stats`, `tunnels`, `peers`, `flows`, `counters`, `windows`
+//! `words`, `region`, `layout` (memory) -> `cursors`, `ring`, `stats`, `tunnels`, `peers`, `flows`, `ledger`, `counters`, `windows`
 //! (shared structures) -> `filler`, `upcalls` -> `sys` (system calls) -> `runs`, `tun_queue`, `sealer`, `delivery`, `opener`, `drains`.
 //! Knows no policy, no process and nothing of Python; allocates nothing for a packet.
 
