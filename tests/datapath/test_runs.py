@@ -27,7 +27,7 @@ from nebula_mp.wire.ip import parse_flow
 from tests.datapath.conftest import MakeSite
 from tests.datapath.sites import INDEX_FAR, INDEX_NEAR, KEY_OUT, Site, connect, drained, packet, store_counter
 from tests.datapath.superpackets import TIMESTAMPS, Plan, plans
-from tests.support import tables
+from tests.support import native, tables
 from tests.support.native import python_only
 from tests.support.offload_tun import EVERYTHING, PATIENCE_S, OffloadTun, is_noise, offload_tun
 from tests.support.packets import ACK, CWR, FIN, PSH, TCP, UDP, checksum
@@ -110,7 +110,8 @@ def test_the_largest_superpackets_arrive_packet_by_packet_in_as_many_areas_as_th
     assert site.reader().sealer.poll(1) == plan.count
 
     found = site.sealed()
-    assert all(len(datagrams) <= runs.PACKETS_MAX for _, datagrams in found)
+    if not native.is_native():  # which lets several runs share an entry
+        assert all(len(datagrams) <= runs.PACKETS_MAX for _, datagrams in found)
     assert opened([each for _, datagrams in found for each in datagrams]) == plan.packets()
     assert taken(site) == plan.count
     assert site.stats()["mp.tun.rx.bytes"] == sum(map(len, plan.packets()))

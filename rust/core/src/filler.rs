@@ -15,6 +15,17 @@ pub struct Filler {
     entries_max: usize,
     /// Described in the area being filled, if one is.
     entries: Option<usize>,
+    /// What was described last in this area.
+    last: Last,
+}
+
+/// An entry; of 0 bytes if there is none.
+#[derive(Clone, Copy, Default)]
+struct Last {
+    offset: usize,
+    length: usize,
+    segment: u32,
+    row: u32,
 }
 
 impl Filler {
@@ -27,6 +38,7 @@ impl Filler {
             room_bytes: geometry.data_bytes(),
             entries_max: geometry.entries_max,
             entries: None,
+            last: Last::default(),
         }
     }
 
@@ -74,6 +86,7 @@ impl Filler {
                 return Ok(false);
             }
             self.entries = Some(0);
+            self.last = Last::default();
             self.at = 0;
         }
         Ok(true)
@@ -91,7 +104,34 @@ impl Filler {
         let appended = self.producer.try_append(self.at, length, segment, row);
         assert!(appended, "try_room first");
         self.entries = self.entries.map(|described| described + 1);
+        self.last = Last {
+            offset: self.at,
+            length,
+            segment,
+            row,
+        };
         self.at += length;
+    }
+
+    /// As `describe`, for datagrams of `segment` bytes each, of which the last may have less: as a part of the entry
+    /// before, where that ends with a whole one and is for the same row.
+    #[inline]
+    pub fn describe_train(&mut self, length: usize, segment: u32, row: u32) {
+        let last = &mut self.last;
+        let step = last.segment as usize;
+        let joins = last.length > 0
+            && last.offset + last.length == self.at
+            && last.row == row
+            && (last.segment == segment || length <= step.min(segment as usize))
+            && step > 0
+            && last.length % step == 0;
+        if joins {
+            self.producer.extend(last.offset, last.length, length);
+            last.length += length;
+            self.at += length;
+        } else {
+            self.describe(length, segment, row);
+        }
     }
 
     /// Publish the area if it has an entry; true if it had.

@@ -266,6 +266,21 @@ impl Producer {
         true
     }
 
+    /// Let the entry described last, of `length` bytes at `offset`, have `more`.
+    #[inline]
+    pub fn extend(&mut self, offset: usize, length: usize, more: usize) {
+        let room = self.end.geometry.data_bytes();
+        assert!(offset < room && length <= room - offset && more <= room - offset - length);
+        let count = self.count.unwrap_or(0);
+        assert!(count > 0, "nothing to extend");
+        let at = self
+            .end
+            .entry(self.cursor.place(self.cursor.head()), count - 1);
+        let place = offset as u64 | ((length + more) as u64) << 32;
+        self.end.data.word(at).store(place, Relaxed);
+        self.used = self.used.max(offset + length + more);
+    }
+
     /// Copy `packet` behind what is there; false, and nothing changed, when bytes or table are full.
     pub fn try_add(&mut self, packet: &[u8], segment: u32, row: u32) -> bool {
         let at = self.used;

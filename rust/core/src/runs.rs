@@ -160,7 +160,7 @@ impl PlainRun {
             let size = packet.len() + OVERHEAD_BYTES;
             if !rule.add(packet.len()) {
                 if length > 0 {
-                    filler.describe(length, segment as u32, target.row);
+                    filler.describe_train(length, segment as u32, target.row);
                 }
                 (length, segment) = (0, size);
             }
@@ -171,7 +171,7 @@ impl PlainRun {
             length += size;
         }
         if length > 0 {
-            filler.describe(length, segment as u32, target.row);
+            filler.describe_train(length, segment as u32, target.row);
         }
     }
 }
@@ -229,5 +229,5 @@ pub fn seal_super(
         }
         target.seal(number, each, cut.segment_size(first + number));
     }
-    filler.describe(size_bytes, stride.min(size_bytes) as u32, target.row);
+    filler.describe_train(size_bytes, stride.min(size_bytes) as u32, target.row);
 }
