@@ -19,6 +19,10 @@ TEXTS = [
     "docs",
     "configs",
     "stubs",
+    "rust/*.toml",
+    "rust/accel",
+    "rust/core",
+    "rust/fuzz",
     ".ci",
     "*.md",
     "*.cfg",
@@ -119,11 +123,12 @@ def texts() -> Iterator[Path]:
     for pattern in TEXTS:
         for found in CLONE.glob(pattern):
             files = found.rglob("*") if found.is_dir() else [found]
-            yield from (file for file in files if file.is_file() and not _is_built(file))
+            yield from (file for file in files if file.is_file() and is_source(file))
 
 
-def _is_built(file: Path) -> bool:
-    return "__pycache__" in file.parts or file.suffix == ".so"
+def is_source(file: Path) -> bool:
+    """And not what was made of one, nor an input of a fuzzer."""
+    return not {"__pycache__", "target", "corpus"} & {*file.parts} and file.suffix != ".so"
 
 
 def test_no_file_speaks_of_the_machine_it_was_written_on() -> None:

@@ -162,7 +162,7 @@ say_kernel() {
     if [ -z "$no_rust" ]; then
         no_rust="it could not be built. To try again: rm -r .venv"
         say "the last words of cargo:"
-        grep -B 12 -A 1 'build_rust: optional Rust extension' "$1" | tail -n 14 | cut -c 1-200 >&2
+        grep -B 6 -A 1 'build_rust: optional Rust extension' "$1" | tail -n 8 | cut -c 1-200 >&2
         ! in_ci || fail 1 "the native kernel could not be built, though Rust $(rust_found) is here"
     fi
     say "going on with the kernel in Python. There is no native one: $no_rust"
