@@ -512,3 +512,6 @@ impl Consumer {
         Ok(())
     }
 }
+
+#[cfg(all(test, not(miri)))]
+mod tests;

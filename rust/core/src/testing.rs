@@ -4,7 +4,9 @@ use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
 
+use crate::layout::{RING_DATA, RING_STATE};
 use crate::region::{Layout, Region, PAGE_BYTES};
+use crate::ring::{Consumer, Geometry, Producer, Recovery};
 
 /// A region as its maker holds it: a writable descriptor and one that is not, and no mapping. Its layout is kept for
 /// `writable` and `read_only`.
@@ -127,4 +129,55 @@ impl Memory {
             .unwrap();
         u64::from_le_bytes(bytes)
     }
+}
+
+/// A ring of four areas of 512 bytes: 192 for header and table, 320 for data.
+pub const SMALL: Geometry = Geometry {
+    areas: 4,
+    area_bytes: 512,
+    entries_max: 8,
+};
+
+/// A ring as its maker holds it.
+pub struct RingMemory {
+    /// The producer's region.
+    pub data: Memory,
+    /// The consumer's.
+    pub state: Memory,
+}
+
+impl RingMemory {
+    /// An empty ring.
+    pub fn new(geometry: Geometry) -> Self {
+        let parameters = parameters(geometry);
+        Self {
+            data: Memory::new(&RING_DATA, geometry.region_bytes(), &parameters),
+            state: Memory::new(&RING_STATE, PAGE_BYTES, &[]),
+        }
+    }
+
+    /// Empty the ring and give it a new generation.
+    pub fn reset(&self, geometry: Geometry, generation: u64) {
+        self.state.renew(&[], generation);
+        self.data.renew(&parameters(geometry), generation);
+    }
+
+    /// As a reader attaches that does not drain: the consumer's words are read-only to it.
+    pub fn producer(&self, poison: bool) -> Producer {
+        Producer::new(self.data.writable(), self.state.read_only(), poison).unwrap()
+    }
+
+    /// As a writer attaches: everything of the producer's is read-only to it.
+    pub fn consumer(&self, recovery: Recovery, holder: Option<u64>) -> Consumer {
+        let (data, state) = (self.data.read_only(), self.state.writable());
+        Consumer::new(data, state, holder, recovery, true, 65_536).unwrap()
+    }
+}
+
+fn parameters(geometry: Geometry) -> [u64; 3] {
+    [
+        geometry.areas as u64,
+        geometry.area_bytes as u64,
+        geometry.entries_max as u64,
+    ]
 }
