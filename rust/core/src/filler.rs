@@ -156,3 +156,144 @@ impl Filler {
         self.producer.waiting()
     }
 }
+
+#[cfg(all(test, not(miri)))]
+mod tests {
+    use super::*;
+    use crate::ring::{Consumer, Entry, Recovery};
+    use crate::testing::{RingMemory, SMALL};
+
+    fn filler() -> (RingMemory, Filler, Consumer) {
+        let memory = RingMemory::new(SMALL);
+        let filler = Filler::new(memory.producer(true));
+        let consumer = memory.consumer(Recovery::SendAgain, None);
+        (memory, filler, consumer)
+    }
+
+    /// Put a packet where there is room; false with a full ring.
+    fn put(filler: &mut Filler, packet: &[u8], align: usize) -> bool {
+        if !filler.try_room(packet.len(), 1, align).unwrap() {
+            return false;
+        }
+        let at = filler.at;
+        filler.data()[at..at + packet.len()].copy_from_slice(packet);
+        filler.describe(packet.len(), 0, 3);
+        true
+    }
+
+    fn drain(consumer: &mut Consumer) -> Vec<Vec<(usize, Vec<u8>)>> {
+        let mut areas = Vec::new();
+        while consumer.pending().unwrap() > 0 {
+            consumer.load().unwrap();
+            let entries = 0..consumer.len();
+            areas.push(
+                entries
+                    .map(|number| {
+                        let (Entry { offset, .. }, data) = consumer.entry(number);
+                        (offset as usize, data.to_vec())
+                    })
+                    .collect(),
+            );
+            consumer.release().unwrap();
+        }
+        areas
+    }
+
+    #[test]
+    fn an_area_takes_what_the_geometry_says_and_nothing_is_begun_before_it_is_needed() {
+        let (memory, filler, _) = filler();
+        assert_eq!((filler.room_bytes(), filler.entries_max()), (320, 8));
+        assert_eq!((filler.area(), filler.fits(0, 0)), (0, false));
+        assert_eq!(memory.data.word(8), 0);
+    }
+
+    #[test]
+    fn what_does_not_fit_goes_into_the_next_area_and_the_last_one_is_published() {
+        let (_memory, mut filler, mut consumer) = filler();
+        assert!(put(&mut filler, &[1; 200], 1));
+        assert!(filler.fits(120, 1) && !filler.fits(121, 1));
+        assert_eq!(consumer.pending(), Ok(0));
+
+        assert!(put(&mut filler, &[2; 121], 1));
+
+        assert_eq!((filler.area(), consumer.pending()), (1, Ok(1)));
+        assert!(filler.flush());
+        assert_eq!(
+            drain(&mut consumer),
+            [[(0, vec![1; 200])], [(0, vec![2; 121])]]
+        );
+    }
+
+    #[test]
+    fn a_full_table_ends_an_area_too() {
+        let (_memory, mut filler, mut consumer) = filler();
+        for number in 0..9 {
+            assert_eq!(filler.fits(1, 1), (1..8).contains(&number));
+            assert!(put(&mut filler, &[number], 1));
+        }
+        assert!(!filler.fits(1, 8) && filler.fits(1, 7));
+        filler.flush();
+        let areas = drain(&mut consumer);
+        assert_eq!(areas.iter().map(Vec::len).collect::<Vec<_>>(), [8, 1]);
+    }
+
+    #[test]
+    fn room_begins_where_it_was_asked_to() {
+        let (_memory, mut filler, mut consumer) = filler();
+        put(&mut filler, &[1; 5], 16);
+        put(&mut filler, &[2; 6], 16);
+        put(&mut filler, &[3; 16], 16);
+        // 48 are used, and 272 are left.
+        assert!(put(&mut filler, &[4; 273], 16));
+        filler.flush();
+
+        let offsets: Vec<Vec<usize>> = drain(&mut consumer)
+            .iter()
+            .map(|area| area.iter().map(|(offset, _)| *offset).collect())
+            .collect();
+        assert_eq!(offsets, [vec![0, 16, 32], vec![0]]);
+    }
+
+    #[test]
+    fn a_gap_that_leaves_no_room_ends_the_area() {
+        let (_memory, mut filler, mut consumer) = filler();
+        put(&mut filler, &[1; 1], 1);
+        put(&mut filler, &[2; 305], 16);
+        assert_eq!(consumer.pending(), Ok(1));
+    }
+
+    #[test]
+    fn with_a_full_ring_there_is_no_room_and_what_was_described_is_published_all_the_same() {
+        let (memory, mut filler, mut consumer) = filler();
+        for number in 0..4 {
+            assert!(put(&mut filler, &[number; 300], 1));
+        }
+        assert!(!put(&mut filler, &[9; 300], 1));
+        assert!(!put(&mut filler, &[9; 10], 1));
+        assert!(!filler.flush());
+        assert_eq!((filler.waiting(), filler.has_spare()), (Ok(4), Ok(false)));
+
+        assert_eq!(drain(&mut consumer).len(), 4);
+
+        assert_eq!((filler.waiting(), filler.has_spare()), (Ok(0), Ok(true)));
+        assert!(put(&mut filler, &[9; 300], 1));
+        assert_eq!(memory.data.word(8), 4);
+    }
+
+    #[test]
+    fn an_area_without_an_entry_is_kept_for_what_comes() {
+        let (_memory, mut filler, mut consumer) = filler();
+        assert!(filler.try_room(10, 1, 1).unwrap());
+        assert!(!filler.flush());
+        assert!(put(&mut filler, b"kept", 1));
+        assert!(filler.flush());
+        assert!(!filler.flush());
+        assert_eq!(drain(&mut consumer), [[(0, b"kept".to_vec())]]);
+    }
+
+    #[test]
+    #[should_panic]
+    fn what_fits_no_area_is_a_mistake_of_our_own() {
+        let _ = filler().1.try_room(321, 1, 1);
+    }
+}

@@ -325,3 +325,6 @@ impl Outlet {
         }
     }
 }
+
+#[cfg(all(test, not(miri)))]
+mod tests;
