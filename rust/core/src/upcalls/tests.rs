@@ -96,7 +96,7 @@ impl Bell {
     /// How often it was rung since the last time.
     fn rung(&mut self) -> u64 {
         let mut times = [0; 8];
-        match self.0.read(&mut times) {
+        match self.0.read_exact(&mut times) {
             Ok(_) => u64::from_ne_bytes(times),
             Err(_) => 0,
         }
@@ -277,7 +277,7 @@ fn a_bucket_fills_up_to_its_burst_and_a_clock_that_goes_back_takes_from_it() {
         [true, true, true, true, true, false]
     );
     assert!(!take(0));
-    assert_eq!(buckets.try_take(0, u64::MAX), true);
+    assert!(buckets.try_take(0, u64::MAX));
 }
 
 #[test]

@@ -159,7 +159,7 @@ impl Plan {
             let sequence = self.sequence.wrapping_add((number * self.size) as u32);
             segment.extend(sequence.to_be_bytes());
             segment.extend(self.acknowledgement.to_be_bytes());
-            segment.push(((20 + self.options.len()) / 4 << 4) as u8);
+            segment.push((((20 + self.options.len()) / 4) << 4) as u8);
             segment.push(flags);
             segment.extend(self.window.to_be_bytes());
             segment.extend([0; 4]);
