@@ -16,8 +16,7 @@ Order of a pass, and why:
 - Nothing here waits for room. What a full ring does not take is dropped and counted.
 - A direction in which nothing has come is left alone: what waits in its ring was rung for when it was filled.
 - Where packets come faster than a reader falls asleep and wakes, it naps before it looks again, if its kernel
-  says so: then a pass takes several, and shares what a pass costs among them. A lone packet is never kept
-  waiting: what begins a nap is that several came at once, and what they took has already left.
+  says so: then a pass takes several, and shares what a pass costs among them. A lone packet begins no nap.
 """
 
 import os
@@ -54,6 +53,9 @@ HOLDING_MS: Final = 1
 
 SEVERAL: Final = 4
 """So many packets in one pass, and the queues are empty then: more will have come after a nap."""
+
+MANY: Final = 32
+"""So many have shared the cost of a pass, as the packets of a superpacket do; whoever sends one waits for answers."""
 
 _SWEEP_EVERY: Final = Seconds(1)
 _SCHEDSTAT_BYTES_MAX: Final = 128
@@ -186,8 +188,7 @@ class _Loop:
         sent = self._out.work(BUDGET, drains=drains) if out else 0
         received = self._into.work(BUDGET, drains=drains) if into else 0
         if self._nap_us:
-            # With its budget a pass may have left some, which would have to wait.
-            self._came_at_once = sent + received >= SEVERAL and max(sent, received) < BUDGET
+            self._came_at_once = SEVERAL <= sent + received < MANY
         now = clock.monotonic()
         if now >= self._books_at:
             self._books_at = Seconds(now + BOOKS_EVERY)

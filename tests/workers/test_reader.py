@@ -228,8 +228,10 @@ def _napping(naps: memoryview, time_us: int = 50) -> None:
         pytest.param(reader.SEVERAL, 0, 1, id="several out"),
         pytest.param(0, reader.SEVERAL, 1, id="several in"),
         pytest.param(reader.SEVERAL - 2, 2, 1, id="several in both directions together"),
-        pytest.param(reader.BUDGET, 0, 0, id="perhaps more wait"),
-        pytest.param(reader.BUDGET + reader.SEVERAL, 0, 1, id="more waited, and several of them"),
+        pytest.param(reader.MANY - 1, 0, 1, id="not too many"),
+        pytest.param(reader.MANY, 0, 0, id="enough for a pass"),
+        pytest.param(reader.MANY - 2, 2, 0, id="enough in both directions together"),
+        pytest.param(reader.BUDGET + reader.SEVERAL, 0, 1, id="more than a budget, and several behind it"),
     ],
 )
 def test_a_reader_naps_once_after_several_packets_came_at_once(
