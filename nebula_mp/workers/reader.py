@@ -55,7 +55,7 @@ SEVERAL: Final = 4
 """So many packets in one pass, and the queues are empty then: more will have come after a nap."""
 
 MANY: Final = 32
-"""So many have shared the cost of a pass, as the packets of a superpacket do; whoever sends one waits for answers."""
+"""So many share the cost of a pass as it is: those of a superpacket, whose sender waits for answers."""
 
 _SWEEP_EVERY: Final = Seconds(1)
 _SCHEDSTAT_BYTES_MAX: Final = 128
