@@ -355,6 +355,37 @@ fn an_ipv6_packet_may_be_longer_than_an_ipv4_one_by_its_header() {
 }
 
 #[test]
+fn headers_that_are_there_but_not_of_the_packet_are_refused() {
+    let plan = plan(4, TCP);
+    let packet = plan.packet();
+    for size in 0..packet.len() {
+        let found = VirtioHeader::parse(&plan.virtio(), &packet, size);
+        assert_eq!(found.is_ok(), size >= plan.header_bytes(), "{size}");
+    }
+}
+
+#[test]
+fn nine_extension_headers_are_one_too_many() {
+    for (count, is_known) in [(1, true), (8, true), (9, false)] {
+        let mut packet = plan(6, TCP).packet();
+        let tcp = packet.split_off(40);
+        packet[6] = 60;
+        for number in 1..=count {
+            let next = if number == count { TCP } else { 60 };
+            packet.extend([next, 0, 1, 4, 0, 0, 0, 0]);
+        }
+        let start = packet.len() as u16;
+        packet.extend(tcp);
+        let raw = Raw {
+            kind: 4,
+            start,
+            ..RAW
+        };
+        assert_eq!(parse(&raw.bytes(), &packet).is_ok(), is_known, "{count}");
+    }
+}
+
+#[test]
 fn the_longest_chain_of_headers_is_counted_in_full() {
     // Eight of the longest extension headers, which is as many as are walked.
     let mut packet = plan(6, TCP).packet();
