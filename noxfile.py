@@ -131,7 +131,7 @@ def differential_long(session: nox.Session) -> None:
     """A million datagrams through both kernels, which do the same; NEBULA_MP_TEST_DATAGRAMS: how many."""
     install(session)
     env = {"NEBULA_MP_TEST_DATAGRAMS": os.environ.get("NEBULA_MP_TEST_DATAGRAMS", "1e6")}
-    session.run("pytest", "tests/datapath/test_differential.py", "-s", *session.posargs, env=env)
+    session.run("pytest", "tests/datapath/test_kernels_agree.py", *session.posargs, env=env)
 
 
 @nox.session

@@ -1,6 +1,6 @@
 """The same traffic through both kernels: the same packets, upcalls, counters, drops and windows.
 
-NEBULA_MP_TEST_DATAGRAMS says how many datagrams the scripts made by chance have in all; `nox -s differential`
+NEBULA_MP_TEST_DATAGRAMS says how many datagrams the scripts made by chance have in all; `nox -s differential_long`
 takes a million. A script that fails is said by its seed, and by what happened in it.
 """
 
@@ -31,7 +31,7 @@ from tests.support.packets import TCP, UDP
 
 pytestmark = pytest.mark.native
 
-DATAGRAMS: Final = int(os.environ.get("NEBULA_MP_TEST_DATAGRAMS", "50000"))
+DATAGRAMS: Final = int(float(os.environ.get("NEBULA_MP_TEST_DATAGRAMS", "50e3")))
 PARTS: Final = 4
 SCRIPT_DATAGRAMS: Final = 400
 

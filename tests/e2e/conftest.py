@@ -5,11 +5,14 @@ Where root or a program is missing the tests are skipped with the reason (which 
 """
 
 import contextlib
+import importlib.util
+import os
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
 
+from nebula_mp.datapath.kernels import ENVIRONMENT as KERNEL_VARIABLE
 from nebula_mp.demo.netns import require_root_and_iproute
 from nebula_mp.errors import SystemCallError
 from tests.support.netns import Wire, sweep_stale
@@ -17,6 +20,14 @@ from tests.support.nodes import Pair, Variant
 from tests.support.peers import OURS, STAND_IN, missing_peers
 
 MakePair = Callable[..., Pair]
+
+BESIDE_THE_NATIVE = (
+    ("python",)
+    if importlib.util.find_spec("nebula_mp._accel") and not os.environ.get(KERNEL_VARIABLE)
+    else ()
+)
+"""Kernels on which chosen tests are run beside the one that a start takes by itself: `kernel` has the name."""
+
 _live: list[Pair] = []
 
 
@@ -62,6 +73,13 @@ def pairs(home: Path) -> Iterator[MakePair]:
             return pair
 
         yield make
+
+
+@pytest.fixture
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our nodes of this test have the kernel of this name; "": the one that a start takes by itself."""
+    if request.param:
+        monkeypatch.setenv(KERNEL_VARIABLE, request.param)
 
 
 @pytest.fixture

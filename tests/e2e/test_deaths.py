@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from nebula_mp.wire.header import MessageType
-from tests.e2e.conftest import MakePair
+from tests.e2e.conftest import BESIDE_THE_NATIVE, MakePair
 from tests.support.datagrams import Flows
 from tests.support.netns import wait_until
 from tests.support.newcomer import Newcomer
@@ -87,6 +87,8 @@ def _signal(process: Process, number: signal.Signals) -> None:
         pytest.param(2, "writer", KILLS // 3, math.inf, id="two-workers-under-full-load"),
     ],
 )
+@pytest.mark.parametrize("kernel", ["", *BESIDE_THE_NATIVE], indirect=True)
+@pytest.mark.usefixtures("kernel")
 def test_transfers_survive_the_kill_of_one_process_after_the_other(
     make_pair: MakePair, workers: int, drain: str, kills: int, pace_bytes_s: float
 ) -> None:

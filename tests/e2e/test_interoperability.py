@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 
 from nebula_mp.wire.header import Header, MessageType
-from tests.e2e.conftest import MakePair
+from tests.e2e.conftest import BESIDE_THE_NATIVE, MakePair
 from tests.support.netns import Recorder
 from tests.support.nodes import DEVICE, Node, Pair, Variant, with_cipher
 from tests.support.packets import raw_packets
@@ -67,10 +67,14 @@ def _cases() -> Iterator[object]:
         if peer in {"1.11.0", OURS}:
             chosen += RECENT
         for variant, starter in itertools.product(chosen, ("ours", "theirs")):
-            yield pytest.param(peer, variant, starter, id=f"{peer}-{variant.name}-{starter}-starts")
+            yield pytest.param("", peer, variant, starter, id=f"{peer}-{variant.name}-{starter}-starts")
+        if peer == "1.11.0":
+            for kernel, variant in itertools.product(BESIDE_THE_NATIVE, chosen[:8]):
+                yield pytest.param(kernel, peer, variant, "ours", id=f"{peer}-{variant.name}-on-{kernel}")
 
 
-@pytest.mark.parametrize(("peer", "variant", "starter"), list(_cases()))
+@pytest.mark.parametrize(("kernel", "peer", "variant", "starter"), list(_cases()), indirect=["kernel"])
+@pytest.mark.usefixtures("kernel")
 def test_what_goes_in_on_one_side_comes_out_on_the_other(
     make_pair: MakePair, peer: str, variant: Variant, starter: str
 ) -> None:

@@ -14,7 +14,7 @@ from functools import partial
 import pytest
 
 from nebula_mp.config.model import Offloads
-from tests.e2e.conftest import MakePair
+from tests.e2e.conftest import BESIDE_THE_NATIVE, MakePair
 from tests.support.nodes import Node, Pair, Variant, workers_of_this_run
 from tests.support.peers import OURS
 from tests.support.traffic import (
@@ -53,12 +53,17 @@ def _cases() -> Iterator[object]:
     for peer in ("1.11.0", OURS):
         for off in [(), *((name,) for name in ALL), ALL]:
             words = "none" if not off else "all" if off == ALL else off[0]
-            yield pytest.param(peer, off, workers, id=f"{peer}-{words}-off")
+            yield pytest.param("", peer, off, workers, id=f"{peer}-{words}-off")
+    for kernel in BESIDE_THE_NATIVE:
+        for off in ((), ALL):
+            words = "all" if off else "none"
+            yield pytest.param(kernel, "1.11.0", off, workers, id=f"1.11.0-{words}-off-on-{kernel}")
     if workers == 1:
-        yield pytest.param(OURS, ("tso", "udp_segment"), 2, id="two-workers-and-half-of-them-off")
+        yield pytest.param("", OURS, ("tso", "udp_segment"), 2, id="two-workers-and-half-of-them-off")
 
 
-@pytest.mark.parametrize(("peer", "off", "workers"), list(_cases()))
+@pytest.mark.parametrize(("kernel", "peer", "off", "workers"), list(_cases()), indirect=["kernel"])
+@pytest.mark.usefixtures("kernel")
 def test_whatever_the_kernel_cannot_do_traffic_passes_unaltered_and_nothing_is_dropped(
     make_pair: MakePair, peer: str, off: tuple[str, ...], workers: int
 ) -> None:
