@@ -4,6 +4,8 @@
 //! a killed process may also be asleep, since the pipe is small and its reader slow. Nobody sleeps with a time limit, so
 //! a death after which nobody is woken ends in a failure of the test.
 
+#![cfg(not(miri))]
+
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
