@@ -20,6 +20,9 @@ _current = PYTHON
 python_only = pytest.mark.parametrize("kernel", [PYTHON], indirect=True)
 """For a test that looks into the Python kernel, among others that are run on both."""
 
+native_only = pytest.mark.parametrize("kernel", [pytest.param(RUST, marks=pytest.mark.native)], indirect=True)
+"""For a test that looks into the native one."""
+
 
 @functools.cache
 def named(name: str) -> Kernel:
@@ -52,3 +55,6 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[Kernel]:
 
 python_only = pytest.mark.parametrize("kernel", [PYTHON], indirect=True)
 """For a test that looks into the Python kernel, among others that are run on both."""
+
+native_only = pytest.mark.parametrize("kernel", [pytest.param(RUST, marks=pytest.mark.native)], indirect=True)
+"""For a test that looks into the native one."""

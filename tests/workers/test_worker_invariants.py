@@ -38,8 +38,8 @@ from nebula_mp.workers import reader, writer
 from nebula_mp.workers.drain_mode import AutoDrain, Senses
 from nebula_mp.workers.parts import Parts, Role
 from tests.datapath.sites import INDEX_FAR, INDEX_NEAR, KEY_OUT, connect, drained, message, packet
-from tests.support import native, native_calls, rings
-from tests.support.native import python_only
+from tests.support import native, native_calls, rings, stepping
+from tests.support.native import native_only, python_only
 from tests.workers.rig import Prepare, Rig, receive, soon, without_belt
 
 pytestmark = pytest.mark.usefixtures("kernel")
@@ -185,21 +185,62 @@ def die_at(step: int) -> Prepare:
             left -= 1
         return trace
 
+    def prepare() -> None:
+        end_after_the_first_turn()
+        sys.settrace(trace)
+
+    return prepare
+
+
+def end_after_the_first_turn() -> None:
+    """For `prepare`: be told to finish before it begins."""
+
     def run_worker(_: Parts, work: Callable[[Told], None]) -> int:
         work(Told())
         return 0
 
-    def prepare() -> None:
-        pytest.MonkeyPatch().setattr(writer, "run_worker", run_worker)
-        sys.settrace(trace)
+    pytest.MonkeyPatch().setattr(writer, "run_worker", run_worker)
 
-    return prepare
+
+def be_led() -> None:
+    """For `prepare`: as `kill_after` wants it, and end after the first turn."""
+    end_after_the_first_turn()
+    stepping.let_be_led()
+
+
+def kill_at(rig: Rig, step: int) -> int:
+    """Have a writer killed at machine instruction `step` from its first system call on; its exit status."""
+    child = rig.start(Role.WRITER, prepare=be_led)
+
+    def is_due(call: stepping.Call) -> bool:
+        writes = call.number == stepping.WRITE and call.first == rig.tun_fds[0]
+        return writes or call.number in {stepping.SENDTO, stepping.SENDMSG}
+
+    stepping.kill_after(child, step, is_due)
+    return child.wait()
 
 
 @python_only
 @pytest.mark.parametrize("contents", ["datagrams", "trains", "packets"])
 def test_a_writer_killed_at_any_instruction_between_call_and_release_alters_nothing(contents: str) -> None:
     """Its reader goes on filling with what it may, and poisons what came back, before anybody drains."""
+    kill_everywhere(
+        contents,
+        lambda rig, step: rig.start(Role.WRITER, prepare=die_at(step)).wait(),
+        stride=1,
+        deaths_min=300,
+    )
+
+
+@native_only
+@pytest.mark.parametrize("contents", ["datagrams", "trains", "packets"])
+def test_a_native_writer_killed_at_any_machine_instruction_alters_nothing(contents: str) -> None:
+    """At every third, which are others for each number of entries."""
+    kill_everywhere(contents, kill_at, stride=3, deaths_min=80)
+
+
+def kill_everywhere(contents: str, kill: Callable[[Rig, int], int], *, stride: int, deaths_min: int) -> None:
+    """Kill writers, each later than the one before, until they survive their turn."""
     is_seal = contents != "packets"
     recovery = Recovery.SEND_AGAIN if is_seal else Recovery.GO_ON_BEHIND
     offloads = TRAINS if contents == "trains" else NO_OFFLOADS
@@ -209,19 +250,21 @@ def test_a_writer_killed_at_any_instruction_between_call_and_release_alters_noth
         steps = deaths = survived = 0
         while survived < 2:  # running, since areas differ
             publish(memory, 1, contents)
-            status = rig.start(Role.WRITER, prepare=die_at(steps)).wait()
+            tail = load_word(memory.state.descriptor, TAIL)
+            status = kill(rig, steps)
             assert status in {0, -signal.SIGKILL}
-            survived = survived + 1 if status == 0 else 0
+            released = load_word(memory.state.descriptor, TAIL) > tail
+            survived = survived + 1 if status == 0 or (released and stride > 1) else 0
             deaths += status != 0
             rig.bury(Role.WRITER)
             publish(memory, 1, contents)
             (rig.site.send if is_seal else lambda: write_out(rig))()
             arrived = drained([rig.site.far if is_seal else rig.stacks[0]])
             delivered += [number_on_the_way(each, contents) for each in arrived]
-            steps += 1
+            steps += stride
 
         rings.check_delivered(delivered, load_word(memory.data.descriptor, HEAD), recovery, deaths)
-        assert deaths > 300
+        assert deaths > deaths_min
 
 
 def write_out(rig: Rig) -> None:
