@@ -38,7 +38,7 @@ fn take_apart(results: &[(usize, Vec<u8>)]) -> Vec<Vec<u8>> {
 }
 
 /// Payload of each packet of `plans`, and of the last.
-const PIECE: usize = if cfg!(miri) { 50 } else { 1000 };
+const PIECE: usize = if cfg!(miri) { 24 } else { 1000 };
 const LAST: usize = PIECE / 5 * 3;
 
 /// One of each kind, of five packets.
