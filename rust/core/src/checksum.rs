@@ -82,54 +82,49 @@ fn portable(data: &[u8]) -> u64 {
 
 /// As `portable`. A multiplication by 1 that adds neighbours is the cheapest way to widen words, but takes them as
 /// signed: so each is made smaller by 2^15 first, by turning over its upper bit, and that is added again at the end.
+///
+/// # Safety
+///
+/// The processor has AVX2.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-fn avx2(data: &[u8]) -> u64 {
+unsafe fn avx2(data: &[u8]) -> u64 {
     use std::arch::x86_64::*;
 
     const VECTOR: usize = 32;
-    const BLOCK: usize = 4 * VECTOR;
-    /// After so many blocks the narrow sums are added up: each is at most 2^16 further from 0 with each vector.
-    const BLOCKS_MAX: usize = 1 << 12;
+    const LANES: usize = 4;
+    /// After so many vectors the narrow sums are added up: each is at most 2^16 further from 0 with each vector.
+    const PART: usize = (VECTOR * LANES) << 12;
 
-    let turn = _mm256_set1_epi16(i16::MIN);
-    let one = _mm256_set1_epi16(1);
-    let load = |vector: &[u8]| {
-        debug_assert!(vector.len() == VECTOR);
-        // SAFETY: there are 32 bytes, and they need no alignment.
-        unsafe { _mm256_loadu_si256(vector.as_ptr().cast()) }
-    };
-    let widen = |vector: __m256i| _mm256_madd_epi16(_mm256_xor_si256(vector, turn), one);
-
-    let vectors = data.len() / VECTOR;
-    let (whole, rest) = data.split_at(vectors * VECTOR);
+    let (whole, rest) = data.split_at(data.len() / VECTOR * VECTOR);
     let mut sum: i64 = (whole.len() / 2) as i64 * (1 << 15);
-    for part in whole.chunks(BLOCKS_MAX * BLOCK) {
-        let mut lanes = [_mm256_setzero_si256(); 4];
-        let mut blocks = part.chunks_exact(BLOCK);
-        for block in &mut blocks {
-            for (lane, vector) in lanes.iter_mut().zip(block.chunks_exact(VECTOR)) {
-                *lane = _mm256_add_epi32(*lane, widen(load(vector)));
+    // SAFETY: the caller knows that there is AVX2. All loads are of exact chunks, and need no alignment.
+    unsafe {
+        let turn = _mm256_set1_epi16(i16::MIN);
+        let one = _mm256_set1_epi16(1);
+        for part in whole.chunks(PART) {
+            let mut lanes = [_mm256_setzero_si256(); LANES];
+            // The last block may have fewer vectors.
+            for block in part.chunks(VECTOR * LANES) {
+                for (lane, vector) in lanes.iter_mut().zip(block.chunks_exact(VECTOR)) {
+                    let words = _mm256_loadu_si256(vector.as_ptr().cast());
+                    let pairs = _mm256_madd_epi16(_mm256_xor_si256(words, turn), one);
+                    *lane = _mm256_add_epi32(*lane, pairs);
+                }
             }
+            let lanes = _mm256_add_epi32(
+                _mm256_add_epi32(lanes[0], lanes[1]),
+                _mm256_add_epi32(lanes[2], lanes[3]),
+            );
+            let low = _mm256_cvtepi32_epi64(_mm256_castsi256_si128(lanes));
+            let high = _mm256_cvtepi32_epi64(_mm256_extracti128_si256(lanes, 1));
+            let numbers = _mm256_add_epi64(low, high);
+            let numbers = _mm_add_epi64(
+                _mm256_castsi256_si128(numbers),
+                _mm256_extracti128_si256(numbers, 1),
+            );
+            sum += _mm_cvtsi128_si64(numbers) + _mm_extract_epi64(numbers, 1);
         }
-        for (lane, vector) in lanes
-            .iter_mut()
-            .zip(blocks.remainder().chunks_exact(VECTOR))
-        {
-            *lane = _mm256_add_epi32(*lane, widen(load(vector)));
-        }
-        let lanes = _mm256_add_epi32(
-            _mm256_add_epi32(lanes[0], lanes[1]),
-            _mm256_add_epi32(lanes[2], lanes[3]),
-        );
-        let low = _mm256_cvtepi32_epi64(_mm256_castsi256_si128(lanes));
-        let high = _mm256_cvtepi32_epi64(_mm256_extracti128_si256(lanes, 1));
-        let numbers = _mm256_add_epi64(low, high);
-        let numbers = _mm_add_epi64(
-            _mm256_castsi256_si128(numbers),
-            _mm256_extracti128_si256(numbers, 1),
-        );
-        sum += _mm_cvtsi128_si64(numbers) + _mm_extract_epi64(numbers, 1);
     }
     // What was taken away has been added, so this is a sum of words.
     sum as u64 + portable(rest)

@@ -311,7 +311,7 @@ fn nothing_and_one_packet_are_given_as_they_came() {
     assert_eq!(join(&[vec![]]), [(1, PLAIN.to_vec())]);
     let packet = plans()[0].one(0);
     assert_eq!(
-        join(&[packet.clone()]),
+        join(std::slice::from_ref(&packet)),
         [(1, [PLAIN.as_slice(), &packet].concat())]
     );
 }
@@ -328,6 +328,16 @@ fn both_spellings_of_zero_are_right() {
     assert_eq!(groups(&packets), [3]);
     packets[1][at..at + 2].fill(0xFF);
     assert_eq!(groups(&packets), [3]);
+}
+
+/// A name, and what is changed in the plan of a packet.
+type Change<'a> = (&'a str, &'a dyn Fn(&mut Plan));
+
+/// The third packet of a changed plan.
+fn field(plan: &Plan, change: &dyn Fn(&mut Plan)) -> Vec<u8> {
+    let mut changed = plan.clone();
+    change(&mut changed);
+    changed.one(2)
 }
 
 /// Change bits of one byte of a packet; `fix` makes checksums right afterwards.
@@ -363,14 +373,9 @@ fn stays_alone(name: &str, plan: &Plan, changed: Vec<u8>) {
 
 #[test]
 fn a_packet_that_differs_stays_alone_and_as_it_is() {
-    let field = |plan: &Plan, change: &dyn Fn(&mut Plan)| {
-        let mut changed = plan.clone();
-        change(&mut changed);
-        changed.one(2)
-    };
     for plan in plans() {
         let (transport, header_bytes) = (plan.transport(), plan.header_bytes());
-        let changes: [(&str, &dyn Fn(&mut Plan)); 4] = [
+        let changes: [Change; 4] = [
             ("port", &|plan| plan.ports.1 += 1),
             ("hop limit", &|plan| plan.ttl -= 1),
             ("DSCP", &|plan| plan.service = 0x88),
@@ -407,14 +412,9 @@ fn a_packet_that_differs_stays_alone_and_as_it_is() {
 
 #[test]
 fn a_packet_of_ipv4_or_ipv6_that_differs_stays_alone() {
-    let field = |plan: &Plan, change: &dyn Fn(&mut Plan)| {
-        let mut changed = plan.clone();
-        change(&mut changed);
-        changed.one(2)
-    };
     for plan in plans() {
         if plan.version == 4 {
-            let changes: [(&str, &dyn Fn(&mut Plan)); 7] = [
+            let changes: [Change; 7] = [
                 ("id repeated", &|plan| plan.identification -= 1),
                 ("id jumps", &|plan| plan.identification += 1),
                 ("DF", &|plan| plan.flags_and_offset = DF),
@@ -441,11 +441,6 @@ fn a_packet_of_ipv4_or_ipv6_that_differs_stays_alone() {
 
 #[test]
 fn a_packet_of_tcp_or_udp_that_differs_stays_alone() {
-    let field = |plan: &Plan, change: &dyn Fn(&mut Plan)| {
-        let mut changed = plan.clone();
-        change(&mut changed);
-        changed.one(2)
-    };
     for plan in plans() {
         let transport = plan.transport();
         if !plan.is_tcp() {
@@ -455,7 +450,7 @@ fn a_packet_of_tcp_or_udp_that_differs_stays_alone() {
             stays_alone("no UDP checksum", &plan, packet);
             continue;
         }
-        let changes: [(&str, &dyn Fn(&mut Plan)); 9] = [
+        let changes: [Change; 9] = [
             ("acknowledgement", &|plan| plan.acknowledgement += 1),
             ("window", &|plan| plan.window += 1),
             ("time stamp", &|plan| plan.options[11] ^= 1),
