@@ -858,6 +858,56 @@ fn what_would_overtake_another_worker_is_held_for_a_millisecond_and_what_comes_b
 }
 
 #[test]
+fn a_packet_for_another_peer_waits_behind_a_run_that_is_held() {
+    let mut site = Site::new(Shape {
+        workers: 2,
+        ..Shape::default()
+    });
+    let other = Plan::new(1000, 500);
+    site.allow(&plain_packet(1, 40));
+    site.allow_other(&other.whole());
+    let later = Row {
+        index: INDEX + 1,
+        remote_index: 0x0707_0001,
+        key: [0x44; 32],
+        ..PROVEN
+    };
+    site.open(later);
+    site.set_other_tunnel(later.index);
+    let (mut slow, mut fast) = (site.sealer(0), site.sealer(1));
+    site.give(&plain(1, 40));
+    poll_all(&site, &mut slow);
+    site.store_counter(FIRST_COUNTER + SPAN_MAX);
+    let theirs = [vec![0; 10], other.packets().remove(0)].concat();
+    for frame in [&plain(2, 40), &plain(3, 40), &theirs, &theirs] {
+        site.give(frame);
+    }
+
+    assert_eq!(fast.poll(1000, site.now_us).unwrap(), 3);
+    assert!(fast.is_holding());
+    assert_eq!(site.wire(0).len(), 1); // it has sent
+    assert_eq!(fast.poll(1000, site.now_us).unwrap(), 1);
+
+    let found = site.sealed(1);
+    let shape: Vec<_> = found
+        .iter()
+        .map(|(entry, all)| (entry.row, all.len()))
+        .collect();
+    assert_eq!(shape, [(3, 2), (4, 2)]);
+    let ours = site.opened(&found[0].1, FIRST_COUNTER + SPAN_MAX + 1);
+    assert_eq!(ours, [plain_packet(2, 40), plain_packet(3, 40)]);
+    let opened = open(
+        Cipher::Aes,
+        &later.key,
+        later.remote_index,
+        &found[1].1,
+        FIRST_COUNTER,
+    );
+    assert_eq!(opened, [other.packets(), other.packets()].concat());
+    site.check_ledger(5);
+}
+
+#[test]
 fn a_superpacket_that_loses_its_tunnel_while_it_is_held_goes_up() {
     for warm in [false, true] {
         let mut site = Site::new(Shape {
