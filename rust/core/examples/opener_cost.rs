@@ -8,7 +8,7 @@
 #[path = "../tests/opener/host.rs"]
 mod host;
 #[allow(dead_code)]
-#[path = "../tests/opener/memory.rs"]
+#[path = "../tests/common/memory.rs"]
 mod memory;
 #[allow(dead_code)]
 #[path = "../tests/opener/packets.rs"]

@@ -4,8 +4,12 @@
 //! counters, headers, checksums, seals and the publishing of the area. The first column is the read alone, to one
 //! piece of memory.
 
+#[path = "../tests/common/memory.rs"]
+mod memory;
+#[path = "../tests/common/packets.rs"]
+mod packets;
 #[path = "../tests/sealer/plans.rs"]
-#[allow(dead_code)]
+#[allow(dead_code, unused_imports)]
 mod plans;
 #[path = "../tests/sealer/site.rs"]
 #[allow(dead_code)]
@@ -13,9 +17,9 @@ mod site;
 
 use std::time::Instant;
 
-use nebula_mp_core::aead::Key;
+use nebula_mp_core::aead::{Cipher, Key};
 
-use plans::{plain, plain_packet, Plan};
+use plans::{frame, plain, small, tcp, udp, TIMESTAMPS};
 use site::{Shape, Site};
 
 const ROUNDS: usize = 3000;
@@ -40,16 +44,16 @@ fn micros(work: impl FnOnce()) -> f64 {
 }
 
 fn main() {
-    let mut options = Plan::new(1248, 49 * 1248);
-    options.options = vec![1, 1, 8, 10, 0, 1, 2, 3, 4, 5, 6, 7];
-    let bulk = options.frame();
-    let short = Plan::new(1248, 10 * 1248).frame();
-    let udp = Plan::new(1200, 50 * 1200).udp().frame();
-    let small_segments = Plan::new(536, 60_000).frame();
+    let mut options = tcp(1248, 49 * 1248);
+    options.options = TIMESTAMPS.to_vec();
+    let bulk = frame(&options);
+    let short = frame(&tcp(1248, 10 * 1248));
+    let datagrams = frame(&udp(1200, 50 * 1200));
+    let small_segments = frame(&tcp(536, 60_000));
     let cases: [(&str, Vec<Vec<u8>>); 9] = [
         ("superpacket, 49 x 1248, TCP", vec![bulk.clone()]),
         ("superpacket, 10 x 1248, TCP", vec![short]),
-        ("superpacket, 50 x 1200, UDP", vec![udp]),
+        ("superpacket, 50 x 1200, UDP", vec![datagrams]),
         ("superpacket, 112 x 536, TCP", vec![small_segments]),
         ("superpacket and a small packet", vec![bulk, plain(1, 64)]),
         ("one packet of 64 bytes", vec![plain(1, 64)]),
@@ -72,10 +76,10 @@ fn run(name: &str, frames: &[Vec<u8>]) {
         poison: false,
         ..Shape::default()
     });
-    for plan in [Plan::new(1, 1), Plan::new(1, 1).udp()] {
-        site.allow(&plan.whole());
+    for plan in [tcp(1, 1), udp(1, 1)] {
+        site.allow(&plan.packet());
     }
-    site.allow(&plain_packet(1, 64));
+    site.allow(&small(1, 64));
     let mut buffer = vec![0; 70_000];
     let give = |site: &Site| frames.iter().for_each(|frame| site.give(frame));
     let read = time(|_| {
@@ -107,7 +111,7 @@ fn run(name: &str, frames: &[Vec<u8>]) {
     give(&site);
     sealer.poll(1000, site.now_us).unwrap();
     let mut wire = site.wire(0);
-    let key = Key::new(nebula_mp_core::aead::Cipher::Aes, &site::KEY);
+    let key = Key::new(Cipher::Aes, &site::KEY);
     let seal = time(|number| {
         micros(|| {
             for (each, datagram) in wire.iter_mut().enumerate() {

@@ -8,7 +8,7 @@
 //!
 //! Bottom-up: `error`, `header`, `checksum`, `ip`, `virtio`, `segment`, `coalesce`, `aead`, `replay` (pure) ->
 //! `words`, `region`, `layout` (memory) -> `cursors`, `ring`, `stats`, `tunnels`, `peers`, `flows`, `ledger`, `counters`, `windows`
-//! (shared structures) -> `filler`, `upcalls` -> `sys` (system calls) -> `runs`, `tun_queue`, `sealer`, `delivery`, `opener`, `drains`.
+//! (shared structures) -> `filler`, `upcalls` -> `sys` (system calls) -> `runs`, `outlet`, `tun_queue`, `sealer`, `delivery`, `opener`, `drains`.
 //! Knows no policy, no process and nothing of Python; allocates nothing for a packet.
 
 pub mod aead;
@@ -26,6 +26,7 @@ pub mod ip;
 pub mod layout;
 pub mod ledger;
 pub mod opener;
+mod outlet;
 pub mod peers;
 pub mod region;
 pub mod replay;

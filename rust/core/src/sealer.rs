@@ -14,23 +14,21 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use crate::counters::{Refusal, SendCounters, Traffic};
+use crate::counters::{SendCounters, Traffic};
 use crate::error::{Fault, Result};
 use crate::filler::Filler;
 use crate::flows::{FlowView, Outbound};
 use crate::header::OVERHEAD_BYTES;
 use crate::ip::parse_flow;
+use crate::outlet::{Need, Outcome, Outlet};
 use crate::peers::PeerView;
-use crate::runs::{self, Payload, PlainRun, Target};
+use crate::runs::{self, Payload, PlainRun};
 use crate::segment::{complete, Cut};
 use crate::stats::StatsPage;
 use crate::tun_queue::{Read, Scatter, TunQueue};
-use crate::tunnels::{TunnelState, TunnelView};
+use crate::tunnels::TunnelView;
 use crate::upcalls::{Reason, Upcalls};
 use crate::virtio::{self, Gso, VirtioHeader};
-
-/// So long a run is held back for another worker to send.
-pub const HOLD_US: u64 = 1000;
 
 /// What a reader's two halves share; they take turns within one process.
 pub struct Shared {
@@ -44,119 +42,6 @@ pub struct Shared {
     pub upcalls: Upcalls,
     /// This reader's page.
     pub stats: Rc<StatsPage>,
-}
-
-/// What has become of a run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Outcome {
-    Sealed,
-    /// And counted.
-    Dropped,
-    /// It is to be held back.
-    Held,
-    /// Control is to be asked.
-    NoTunnel,
-}
-
-/// What a run needs.
-#[derive(Clone, Copy)]
-struct Need {
-    peer: u64,
-    packets: usize,
-    size_bytes: usize,
-    entries: usize,
-}
-
-/// Where sealed packets go, and what they are given.
-struct Outlet {
-    filler: Filler,
-    peers: PeerView,
-    counters: SendCounters,
-    held_since_us: Option<u64>,
-}
-
-impl Outlet {
-    /// Give a run its room and counters and let `work` seal it, or see to it that it goes elsewhere.
-    fn try_seal(
-        &mut self,
-        shared: &mut Shared,
-        need: Need,
-        now_us: u64,
-        work: impl FnOnce(&mut Filler, &Target<'_>),
-    ) -> Result<Outcome> {
-        let outcome = self.find_and_seal(shared, need, now_us, work)?;
-        if outcome == Outcome::Held {
-            self.held_since_us.get_or_insert(now_us);
-        } else {
-            self.held_since_us = None;
-        }
-        Ok(outcome)
-    }
-
-    fn find_and_seal(
-        &mut self,
-        shared: &mut Shared,
-        need: Need,
-        now_us: u64,
-        work: impl FnOnce(&mut Filler, &Target<'_>),
-    ) -> Result<Outcome> {
-        let Shared {
-            tunnels,
-            traffic,
-            stats,
-            ..
-        } = shared;
-        let packets = need.packets as u64;
-        let regardless = self
-            .held_since_us
-            .is_some_and(|since| now_us.saturating_sub(since) >= HOLD_US);
-        // Again when the tunnel ended in between: its successor may be there already.
-        for _ in 0..2 {
-            let Some(index) = self.peers.tunnel(need.peer) else {
-                break;
-            };
-            let Some(tunnel) = tunnels.get(index)? else {
-                break;
-            };
-            if tunnel.state != TunnelState::Proven || tunnel.underlay.is_none() {
-                break;
-            }
-            if !self.filler.try_room(need.size_bytes, need.entries, 1)? {
-                stats.add(stats.slots.ring_full_seal, packets);
-                return Ok(Outcome::Dropped);
-            }
-            let (row, generation) = (tunnel.row(), tunnel.generation);
-            let beyond = self.counters.beyond_span;
-            let area = Some(self.filler.area());
-            let granted = self
-                .counters
-                .reserve(row, generation, packets, area, regardless)?;
-            if self.counters.beyond_span != beyond {
-                stats.add(stats.slots.counter_span, self.counters.beyond_span - beyond);
-            }
-            match granted {
-                Ok(first) => {
-                    let target = Target {
-                        key: &tunnel.send,
-                        remote_index: tunnel.remote_index,
-                        row: row as u32,
-                        first,
-                    };
-                    work(&mut self.filler, &target);
-                    let size_bytes = need.size_bytes as u64;
-                    traffic.sent(row, generation, packets, size_bytes, now_us / 1000);
-                    return Ok(Outcome::Sealed);
-                }
-                Err(Refusal::Exhausted) => {
-                    stats.add(stats.slots.drop_exhausted, packets);
-                    return Ok(Outcome::Dropped);
-                }
-                Err(Refusal::Span) => return Ok(Outcome::Held),
-                Err(Refusal::Gone) => {}
-            }
-        }
-        Ok(Outcome::NoTunnel)
-    }
 }
 
 /// What was read behind a run that is held back; it lies in the arena.
@@ -199,12 +84,7 @@ impl Sealer {
         let packets_max = filler.entries_max().min(runs::PACKETS_MAX);
         Self {
             queue: TunQueue::new(tun_fd, tun_header),
-            outlet: Outlet {
-                filler,
-                peers,
-                counters,
-                held_since_us: None,
-            },
+            outlet: Outlet::new(filler, peers, counters),
             shared,
             run: PlainRun::new(packets_max),
             waiting: None,
@@ -263,7 +143,7 @@ impl Sealer {
 
     /// As `api.Sealer.is_holding`.
     pub fn is_holding(&self) -> bool {
-        self.outlet.held_since_us.is_some()
+        self.outlet.is_holding()
     }
 
     /// As `api.Sealer.waiting`.

@@ -5,6 +5,7 @@
 mod handing;
 mod host;
 mod joining;
+#[path = "../common/memory.rs"]
 mod memory;
 mod packets;
 mod refusing;

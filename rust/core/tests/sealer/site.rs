@@ -1,8 +1,5 @@
 //! The shared memory of a host with its readers, as the supervisor makes it, rows as control writes them, and a
 //! socket pair in place of the TUN device.
-//!
-//! Offsets are spelled here once more, from `nebula_mp.shm_table` and `shm_ring`, so that the crate's own layout is
-//! not tested with itself.
 
 use std::cell::RefCell;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -15,93 +12,26 @@ use nebula_mp_core::filler::Filler;
 use nebula_mp_core::flows::{flow_hash, FlowView};
 use nebula_mp_core::ip::parse_flow;
 use nebula_mp_core::peers::PeerView;
-use nebula_mp_core::region::Layout;
-use nebula_mp_core::ring::{Consumer, Entry, Producer, Recovery};
+use nebula_mp_core::ring::{Consumer, Entry, Recovery};
 use nebula_mp_core::sealer::{Sealer, Shared};
 use nebula_mp_core::stats::StatsPage;
 use nebula_mp_core::testing::Memory;
 use nebula_mp_core::tunnels::TunnelView;
 use nebula_mp_core::upcalls::{Limits, Upcalls, RECORD_BYTES};
 
-const PAGE: u64 = 4096;
-const ROWS: u64 = 16;
-const BUCKETS: u64 = 256;
+use crate::memory::{region, rows, store_word, word, Ring, NAMES, PAGE, ROWS};
+
+const BUCKETS: usize = 256;
 const DIGEST: u64 = 0x1234_5678_9ABC_DEF0;
 const PEER_GENERATION: u64 = 5;
 pub const NOW_US: u64 = 1_000_000_000;
 pub const INDEX: u32 = 0xBEEF_0003;
-pub const ROW: u64 = 3;
+pub const ROW: usize = 3;
 pub const REMOTE_INDEX: u32 = 0xCAFE_0005;
 pub const PEER: u64 = PEER_GENERATION << 32 | 7;
 pub const KEY: [u8; 32] = [0x11; 32];
 pub const FIRST_COUNTER: u64 = 3;
 const GENERATION: u64 = 9;
-
-/// As `nebula_mp.shm_stats.NAMES`.
-const NAMES: [&str; 62] = [
-    "mp.passes",
-    "mp.cpu.us",
-    "mp.tun.rx.packets",
-    "mp.tun.rx.bytes",
-    "mp.tun.tx.packets",
-    "mp.tun.tx.bytes",
-    "mp.udp.rx.packets",
-    "mp.udp.rx.bytes",
-    "mp.udp.tx.packets",
-    "mp.udp.tx.bytes",
-    "mp.ring.full.seal",
-    "mp.ring.full.open",
-    "mp.ring.full.upcall",
-    "mp.ring.full.stranger",
-    "mp.ring.resumed",
-    "mp.lease.refused",
-    "mp.drain.switches",
-    "mp.upcalls",
-    "mp.upcalls.limited",
-    "mp.strangers",
-    "mp.counter.span",
-    "mp.counter.busy",
-    "mp.tun.again",
-    "mp.tun.split",
-    "mp.tun.drop.nobufs",
-    "mp.tun.drop.refused",
-    "mp.tun.drop.again",
-    "mp.tun.drop.lost",
-    "mp.tun.drop.offload",
-    "mp.udp.gso_off",
-    "mp.udp.drop.unreachable",
-    "mp.udp.drop.toobig",
-    "mp.udp.drop.eperm",
-    "mp.udp.drop.other",
-    "udp.tx.dropped",
-    "mp.rx.icmp",
-    "drop.short",
-    "drop.version",
-    "drop.type",
-    "drop.looped",
-    "drop.early",
-    "drop.unknown_index",
-    "drop.truncated",
-    "drop.replay",
-    "drop.old",
-    "drop.auth",
-    "drop.relay_index",
-    "drop.inner_ip",
-    "drop.source_addr",
-    "drop.firewall.incoming.local_address",
-    "drop.firewall.incoming.remote_address",
-    "drop.firewall.incoming.no_rule",
-    "drop.oversize",
-    "drop.tun.inner_ip",
-    "drop.tun.broadcast",
-    "drop.tun.multicast",
-    "drop.tun.own_address",
-    "drop.tun.no_route",
-    "drop.firewall.outgoing.local_address",
-    "drop.firewall.outgoing.remote_address",
-    "drop.firewall.outgoing.no_rule",
-    "drop.exhausted",
-];
 
 /// Why a packet goes no further: what the ledger adds up.
 const REASONS: [&str; 8] = [
@@ -115,76 +45,13 @@ const REASONS: [&str; 8] = [
     "drop.exhausted",
 ];
 
-fn memory(magic: &'static [u8; 8], size: u64, parameters: &[u64]) -> Memory {
-    let layout = Layout {
-        name: "test",
-        magic,
-        version: 1,
-    };
-    Memory::new(&layout, size as usize, parameters)
-}
-
-fn rows(magic: &'static [u8; 8], row: u64, count: u64) -> Memory {
-    memory(magic, PAGE + row * count, &[count])
-}
-
-fn store(memory: &Memory, at: u64, data: &[u8]) {
-    memory.patch(at as usize, data);
-}
-
-fn store_word(memory: &Memory, at: u64, word: u64) {
-    store(memory, at, &word.to_le_bytes());
-}
-
-fn word(memory: &Memory, at: u64) -> u64 {
-    memory.word(at as usize / 8)
-}
-
-/// A ring as its maker holds it.
-struct Ring {
-    data: Memory,
-    state: Memory,
-}
-
-impl Ring {
-    fn new(areas: u64, area_bytes: u64, entries: u64) -> Self {
-        let data_bytes = PAGE + areas * area_bytes;
-        Self {
-            data: memory(b"nmp:data", data_bytes, &[areas, area_bytes, entries]),
-            state: memory(b"nmp:stat", PAGE, &[]),
-        }
-    }
-
-    fn producer(&self, poison: bool) -> Producer {
-        Producer::new(self.data.writable(), self.state.read_only(), poison).unwrap()
-    }
-
-    fn consumer(&self, segments: bool) -> Consumer {
-        let (data, state) = (self.data.read_only(), self.state.writable());
-        let rows = ROWS as usize;
-        Consumer::new(data, state, None, Recovery::SendAgain, segments, rows).unwrap()
-    }
-}
-
-fn drain(consumer: &mut Consumer) -> Vec<(Entry, Vec<u8>)> {
-    let mut found = Vec::new();
-    while consumer.pending().unwrap() > 0 {
-        for number in consumer.load().unwrap()..consumer.len() {
-            let (entry, data) = consumer.entry(number);
-            found.push((entry, data.to_vec()));
-        }
-        consumer.release().unwrap();
-    }
-    found
-}
-
 /// What a site is made with.
 pub struct Shape {
     pub workers: usize,
-    pub areas: u64,
-    pub area_bytes: u64,
-    pub entries: u64,
-    pub upcall_areas: u64,
+    pub areas: usize,
+    pub area_bytes: usize,
+    pub entries: usize,
+    pub upcall_areas: usize,
     pub plain: (u64, u64),
     pub has_header: bool,
     pub cipher: Cipher,
@@ -273,7 +140,7 @@ impl Site {
         let flows = rows(b"nmp:flow", 512, BUCKETS);
         store_word(&flows, 64, 1); // rules generation
         for each in 0..6 {
-            store_word(&flows, 72 + 8 * each, seed(each as usize));
+            store_word(&flows, 72 + 8 * each, seed(each));
         }
         let each_worker = 0..shape.workers;
         let seal: Vec<Ring> = each_worker
@@ -286,7 +153,7 @@ impl Site {
             .collect();
         let spans = each_worker.clone().map(|_| rows(b"nmp:span", 32, ROWS));
         let traffic = each_worker.clone().map(|_| rows(b"nmp:traf", 64, ROWS));
-        let stats = each_worker.map(|_| memory(b"nmp:coun", PAGE, &[NAMES.len() as u64, DIGEST]));
+        let stats = each_worker.map(|_| region(b"nmp:coun", PAGE, &[NAMES.len() as u64, DIGEST]));
         // SAFETY: the result is checked.
         let bell = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
         assert!(bell >= 0);
@@ -303,9 +170,15 @@ impl Site {
             spans: spans.collect(),
             traffic: traffic.collect(),
             stats: stats.collect(),
-            sealed: seal.iter().map(|each| each.consumer(true)).collect(),
+            sealed: seal
+                .iter()
+                .map(|each| each.consumer(Recovery::SendAgain, true))
+                .collect(),
             seal,
-            ups: upcall.iter().map(|each| each.consumer(false)).collect(),
+            ups: upcall
+                .iter()
+                .map(|each| each.consumer(Recovery::SendAgain, false))
+                .collect(),
             upcall,
             // SAFETY: new, and nobody else's.
             bell: unsafe { OwnedFd::from_raw_fd(bell) },
@@ -390,7 +263,7 @@ impl Site {
 
     /// Let control open a tunnel, or change its row.
     pub fn open(&self, row: Row) {
-        let number = u64::from(row.index & 0xFFFF);
+        let number = (row.index & 0xFFFF) as usize;
         let at = PAGE + 128 * number;
         let sequence = word(&self.tunnels, at) + 2;
         let mut data = Vec::new();
@@ -409,8 +282,8 @@ impl Site {
         data.extend([0; 16]);
         data.extend([row.state, self.shape.cipher as u8, 0, 0, 255, 0]);
         data.resize(128, 0);
-        store(&self.keys, PAGE + 64 * number, &row.key);
-        store(&self.tunnels, at, &data);
+        self.keys.patch(PAGE + 64 * number, &row.key);
+        self.tunnels.patch(at, &data);
         let counter = PAGE + 64 * number;
         if word(&self.send, counter + 8) != GENERATION {
             store_word(&self.send, counter, FIRST_COUNTER - 1);
@@ -426,9 +299,9 @@ impl Site {
         data.resize(16, 0);
         data.extend(GENERATION.to_le_bytes());
         data.resize(128, 0);
-        store(&self.tunnels, at, &data);
+        self.tunnels.patch(at, &data);
         store_word(&self.send, PAGE + 64 * ROW + 8, 0);
-        store(&self.keys, PAGE + 64 * ROW, &[0; 64]);
+        self.keys.patch(PAGE + 64 * ROW, &[0; 64]);
     }
 
     /// Of the row's counters alone, as when the tunnel ends between look-up and reservation.
@@ -438,14 +311,14 @@ impl Site {
 
     /// Send to the peer through this tunnel.
     pub fn set_tunnel(&self, index: Option<u32>) {
-        let at = PAGE + 8 * (PEER & 0xFFFF_FFFF);
+        let at = PAGE + 8 * (PEER & 0xFFFF_FFFF) as usize;
         let word = PEER_GENERATION << 32 | u64::from(index.unwrap_or(0));
         store_word(&self.peers, at, word);
     }
 
     /// Send to the other peer through this tunnel.
     pub fn set_other_tunnel(&self, index: u32) {
-        let at = PAGE + 8 * ((PEER + 1) & 0xFFFF_FFFF);
+        let at = PAGE + 8 * ((PEER + 1) & 0xFFFF_FFFF) as usize;
         store_word(&self.peers, at, PEER_GENERATION << 32 | u64::from(index));
     }
 
@@ -477,10 +350,10 @@ impl Site {
     fn judge(&self, packet: &[u8], peer: u64, verdicts: u32) {
         let key = parse_flow(packet, false).unwrap();
         let hash = flow_hash(&[0, 1, 2, 3, 4, 5].map(seed), &key);
-        let (bucket, tag) = (hash >> 40 & (BUCKETS - 1), hash as u32 | 1);
+        let (bucket, tag) = (hash as usize >> 40 & (BUCKETS - 1), hash as u32 | 1);
         let at = PAGE + 512 * bucket;
         let free = (0..7).find(|row| {
-            let tag_at = (at + 8 + 4 * row) as usize;
+            let tag_at = at + 8 + 4 * row;
             let found = self.flows.bytes(tag_at, 4).try_into().unwrap();
             let found = u32::from_le_bytes(found);
             found == 0 || found == tag
@@ -499,13 +372,13 @@ impl Site {
             PAGE + 8 * (bucket * 7 + row),
             self.now_us / 1000,
         );
-        store(&self.flows, at + 64 + 64 * row, &data);
-        store(&self.flows, at + 8 + 4 * row, &tag.to_le_bytes());
+        self.flows.patch(at + 64 + 64 * row, &data);
+        self.flows.patch(at + 8 + 4 * row, &tag.to_le_bytes());
     }
 
     /// What waits in the seal ring, which is empty then: each entry and its datagrams.
     pub fn sealed(&mut self, worker: usize) -> Vec<(Entry, Vec<Vec<u8>>)> {
-        let found = drain(&mut self.sealed[worker]).into_iter();
+        let found = Ring::drain(&mut self.sealed[worker]).into_iter();
         found
             .map(|(entry, data)| {
                 let datagrams = data.chunks(entry.segment as usize);
@@ -527,7 +400,7 @@ impl Site {
 
     /// What went up: reason and packet.
     pub fn upcalls(&mut self) -> Vec<(u32, Vec<u8>)> {
-        let found = drain(&mut self.ups[0]).into_iter();
+        let found = Ring::drain(&mut self.ups[0]).into_iter();
         found
             .map(|(entry, data)| (entry.segment, data[RECORD_BYTES..].to_vec()))
             .collect()
@@ -535,7 +408,7 @@ impl Site {
 
     /// A counter, of all workers.
     pub fn stat(&self, name: &str) -> u64 {
-        let slot = NAMES.iter().position(|each| *each == name).unwrap() as u64;
+        let slot = NAMES.iter().position(|each| *each == name).unwrap();
         let pages = self.stats.iter();
         pages.map(|page| word(page, 64 + 8 * slot)).sum()
     }

@@ -1,4 +1,8 @@
 //! Shared memory as the supervisor makes it.
+//!
+//! Offsets are spelled here, and by who uses this, from `nebula_mp.shm_table` and `shm_ring`, so that the crate's own
+//! layout is not tested with itself.
+#![allow(dead_code)] // each of the crates that include this file uses a part of it
 
 use nebula_mp_core::filler::Filler;
 use nebula_mp_core::region::Layout;
@@ -95,11 +99,16 @@ pub fn word(memory: &Memory, at: usize) -> u64 {
     u64::from_le_bytes(word)
 }
 
+/// Overwrite the word at an offset in bytes.
+pub fn store_word(memory: &Memory, at: usize, word: u64) {
+    memory.patch(at, &word.to_le_bytes());
+}
+
 /// A ring as its maker holds it.
 pub struct Ring {
+    pub data: Memory,
+    pub state: Memory,
     bytes: usize,
-    data: Memory,
-    state: Memory,
 }
 
 impl Ring {
