@@ -7,7 +7,6 @@
 #[allow(dead_code)]
 #[path = "../tests/opener/host.rs"]
 mod host;
-#[allow(dead_code)]
 #[path = "../tests/common/memory.rs"]
 mod memory;
 #[allow(dead_code)]

@@ -6,9 +6,10 @@
 //!         sealer | opener -> upcalls::Upcalls -> upcall ring -> control, which is Python
 //! ```
 //!
-//! Bottom-up: `error`, `header`, `checksum`, `ip`, `virtio`, `segment`, `coalesce`, `aead`, `replay` (pure) ->
-//! `words`, `region`, `layout` (memory) -> `cursors`, `ring`, `stats`, `tunnels`, `peers`, `flows`, `ledger`, `counters`, `windows`
-//! (shared structures) -> `filler`, `upcalls` -> `sys` (system calls) -> `runs`, `outlet`, `tun_queue`, `sealer`, `delivery`, `opener`, `drains`.
+//! Bottom-up: `error`, `header`, `checksum`, `ip`, `virtio`, `segment`, `coalesce`, `aead`, `replay` (pure) -> `words`,
+//! `region`, `layout` (memory) -> `cursors`, `ring`, `stats`, `tunnels`, `peers`, `flows`, `ledger`, `counters`,
+//! `windows` (shared structures) -> `filler`, `upcalls` -> `sys` (system calls) -> `runs`, `outlet`, `tun_queue`,
+//! `sealer`, `delivery`, `opener`, `drains`.
 //! Knows no policy, no process and nothing of Python; allocates nothing for a packet.
 
 pub mod aead;
