@@ -98,19 +98,24 @@ unsafe fn avx2(data: &[u8]) -> u64 {
 
     let (whole, rest) = data.split_at(data.len() / VECTOR * VECTOR);
     let mut sum: i64 = (whole.len() / 2) as i64 * (1 << 15);
-    // SAFETY: the caller knows that there is AVX2. All loads are of exact chunks, and need no alignment.
+    // SAFETY: the caller knows that there is AVX2. All loads lie in exact chunks, and need no alignment.
     unsafe {
         let turn = _mm256_set1_epi16(i16::MIN);
         let one = _mm256_set1_epi16(1);
         for part in whole.chunks(PART) {
             let mut lanes = [_mm256_setzero_si256(); LANES];
-            // The last block may have fewer vectors.
-            for block in part.chunks(VECTOR * LANES) {
-                for (lane, vector) in lanes.iter_mut().zip(block.chunks_exact(VECTOR)) {
-                    let words = _mm256_loadu_si256(vector.as_ptr().cast());
+            let mut blocks = part.chunks_exact(VECTOR * LANES);
+            for block in &mut blocks {
+                for (number, lane) in lanes.iter_mut().enumerate() {
+                    let words = _mm256_loadu_si256(block.as_ptr().add(number * VECTOR).cast());
                     let pairs = _mm256_madd_epi16(_mm256_xor_si256(words, turn), one);
                     *lane = _mm256_add_epi32(*lane, pairs);
                 }
+            }
+            for vector in blocks.remainder().chunks_exact(VECTOR) {
+                let words = _mm256_loadu_si256(vector.as_ptr().cast());
+                let pairs = _mm256_madd_epi16(_mm256_xor_si256(words, turn), one);
+                lanes[0] = _mm256_add_epi32(lanes[0], pairs);
             }
             let lanes = _mm256_add_epi32(
                 _mm256_add_epi32(lanes[0], lanes[1]),
