@@ -5,7 +5,7 @@ use std::os::unix::net::UnixDatagram;
 
 use nebula_mp_core::error::Fault;
 
-use crate::plans::{frame, longest, plain, small, tcp, udp, Plan};
+use crate::plans::{frame, longest, plain, small, tcp, udp, whole, Plan};
 use crate::site::{Row, Shape, Site, FIRST_COUNTER, PROVEN};
 use crate::{poll_all, NEW_FLOW_OUT, NO_TUNNEL};
 
@@ -287,4 +287,30 @@ fn a_lost_device_is_a_fault_and_one_without_packets_is_none() {
     unconnected.set_nonblocking(true).unwrap();
     let mut sealer = site.sealer_on(0, unconnected.as_raw_fd());
     assert_eq!(sealer.poll(10, site.now_us), Ok(0));
+}
+
+#[test]
+fn a_packet_that_goes_up_leaves_its_room_in_front_of_a_superpacket_that_is_where_it_belongs() {
+    let mut site = Site::new(Shape::default());
+    let plan = tcp(1248, 20_000);
+    let mut other = tcp(1000, 700);
+    other.ports = (1, 2);
+    site.allow(&plan.packet());
+    site.allow_other(&other.packet()); // which has no tunnel
+    let mut sealer = site.sealer(0);
+    for frame in [frame(&plan), whole(&other.one(0)), frame(&plan)] {
+        site.give(&frame);
+    }
+
+    poll_all(&site, &mut sealer);
+
+    assert_eq!(sealer.scattered(), 1);
+    assert_eq!(site.upcalls(), [(NO_TUNNEL, other.one(0))]);
+    let found = site.sealed(0);
+    let behind = found[0].0.offset + found[0].0.length;
+    assert_eq!(found[1].0.offset, behind + 740 + 32);
+    let datagrams: Vec<_> = found.into_iter().flat_map(|(_, all)| all).collect();
+    let expected = [plan.packets(), plan.packets()].concat();
+    assert_eq!(site.opened(&datagrams, FIRST_COUNTER), expected);
+    site.check_ledger(datagrams.len());
 }
