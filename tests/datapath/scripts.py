@@ -403,7 +403,7 @@ class Dice:
         key = KEY_IN if index == INDEX_NEAR else KEY_IN[::-1]
         packets = self._packets()
         counter = self._counters[index] + dice.choice(
-            [0] * 8 + [1, -1, -len(packets), 70, WIDTH - 3, 3 * WIDTH]
+            [0] * 8 + [1, -1, -len(packets), 70, WIDTH - 3, 3 * WIDTH, -WIDTH - 5]
         )
         counter = max(3, counter)
         numbers = list(range(counter, counter + len(packets)))

@@ -5,7 +5,7 @@ takes a million. A script that fails is said by its seed, and by what happened i
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from typing import Final
@@ -15,17 +15,32 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nebula_mp.config.model import Offloads
+from nebula_mp.crypto.aead import Aead
 from nebula_mp.datapath.api import Drop
 from nebula_mp.datapath.segment import segment
-from nebula_mp.datapath.virtio import VirtioHeader
+from nebula_mp.datapath.virtio import HEADER_BYTES, VirtioHeader
 from nebula_mp.newtypes import Cipher
 from nebula_mp.wire.header import Header
+from nebula_mp.wire.ip import parse_flow
 from tests.datapath.batches import ALL, Batch, feed, packets_of, sealed, site_of, take
 from tests.datapath.conftest import MakeSite
-from tests.datapath.scripts import NEAR_PORTS, OFFLOADS, Came, Dice, Done, Given, Host, Outcome, Script, play
-from tests.datapath.sites import Site, connect, drained
+from tests.datapath.scripts import (
+    NEAR_PORTS,
+    OFFLOADS,
+    Came,
+    Dice,
+    Done,
+    Given,
+    Host,
+    Outcome,
+    Script,
+    play,
+    without_meaningless_ids,
+)
+from tests.datapath.sites import KEY_OUT, Site, connect, drained
 from tests.datapath.superpackets import TIMESTAMPS, Plan, plans
 from tests.datapath.test_opening_equality import received
+from tests.support import recording
 from tests.support.native import PYTHON, RUST, named
 from tests.support.packets import TCP, UDP
 
@@ -93,6 +108,43 @@ def test_traffic_of_all_kinds_leaves_the_same_behind(part: int) -> None:
     }
     elsewhere -= {Drop.TUN_OFFLOAD.value}
     assert {each.value for each in Drop} - elsewhere <= reached.keys()
+
+
+@pytest.mark.parametrize("offloads", list(dict.fromkeys(OFFLOADS)), ids=str)
+@pytest.mark.parametrize("side", [0, 1])
+def test_recorded_connections_leave_the_same_behind_and_arrive(side: int, offloads: Offloads) -> None:
+    out: list[bytes] = []
+    into: list[bytes] = []
+    steps: list[Given | Came | Done] = []
+    for frame in recording.load():
+        packet = frame.data[HEADER_BYTES:]
+        packets = segment(VirtioHeader.parse(frame.data[:HEADER_BYTES], packet), packet)
+        if frame.side == side:
+            whole = [frame.data] if offloads.tun_header else packets
+            steps += [Given(tuple(whole[at : at + 10])) for at in range(0, len(whole), 10)]
+            out += packets
+        else:
+            steps.append(Came((Batch(sealed(packets, 3 + len(into))),)))
+            into += packets
+    admit = Done(lambda host: allow_all(host.site, out, into), "all flows are allowed")
+    script = Script((admit, *steps), offloads=offloads)
+
+    outcome = check_agreement(script, f"recorded by side {side}")
+
+    aead = Aead(Cipher.AES, KEY_OUT)
+    plain = [aead.open(3 + at, each[:16], each[16:]) for at, (_, each) in enumerate(outcome.sealed)]
+    assert plain == out
+    assert [each for _, _, each in outcome.opened] == [without_meaningless_ids(each) for each in into]
+    assert not any(name.startswith("drop.") for name in outcome.stats)
+
+
+def allow_all(site: Site, out: Iterable[bytes], into: Iterable[bytes]) -> None:
+    """Let control admit each flow once."""
+    flows = {parse_flow(each, inbound=False) for each in out} | {
+        parse_flow(each, inbound=True) for each in into
+    }
+    for flow in flows:
+        site.flows.allow(flow, site.peer, 60_000, int(site.now * 1000))
 
 
 @st.composite
