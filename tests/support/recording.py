@@ -1,10 +1,12 @@
 """Traffic of Linux's own TCP and UDP between two devices that take superpackets, recorded once and kept.
 
-Data flow: `python -m tests.support.recording` -> tests/vectors/tun_frames.xz -> [support.recording] `load`
+Data flow: `python -m tests.support.recording` -> tests/vectors/tun_frames.json -> [support.recording] `load`
 What a device gave is what the other one was given, so both ends are real connections: with their handshakes,
 acknowledgements, ECN and retransmissions. To record needs root and Linux 6.2; to load needs neither.
 """
 
+import base64
+import json
 import lzma
 import random
 import select
@@ -18,7 +20,7 @@ from typing import Final, NamedTuple
 from tests.support.offload_tun import EVERYTHING, OffloadTun, offload_tun
 from tests.support.private_net import private_network
 
-FILE: Final = Path(__file__).parents[1] / "vectors" / "tun_frames.xz"
+FILE: Final = Path(__file__).parents[1] / "vectors" / "tun_frames.json"
 _RECORD: Final = struct.Struct("<BI")
 _UDP_SEGMENT: Final = 103
 _ADDRESSES: Final = (("10.50.1.2", "fd00:50:1::2"), ("10.50.2.2", "fd00:50:2::2"))
@@ -35,7 +37,8 @@ class Frame(NamedTuple):
 
 def load() -> list[Frame]:
     """All frames, in the order in which they came."""
-    data, found, at = lzma.decompress(FILE.read_bytes()), [], 0
+    data = lzma.decompress(base64.b64decode(json.loads(FILE.read_text())["frames"]))
+    found, at = [], 0
     while at < len(data):
         side, size = _RECORD.unpack_from(data, at)
         at += _RECORD.size
@@ -137,7 +140,10 @@ def _transfer(recorder: _Recorder, source: socket.socket, target: socket.socket,
 def main() -> None:
     frames = record()
     data = b"".join(_RECORD.pack(side, len(each)) + each for side, each in frames)
-    FILE.write_bytes(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))
+    packed = base64.b64encode(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)).decode()
+    FILE.write_text(
+        json.dumps({"made by": "python -m tests.support.recording", "frames": packed}, indent=1) + "\n"
+    )
     large = sum(each.data[1] != 0 for each in frames)
     print(f"{len(frames)} frames, {large} superpackets, {len(data)} bytes, {FILE.stat().st_size} in {FILE}")
 
