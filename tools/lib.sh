@@ -161,8 +161,9 @@ say_kernel() {
     fi
     if [ -z "$no_rust" ]; then
         no_rust="it could not be built. To try again: rm -r .venv"
-        say "the last words of cargo:"
-        grep -B 6 -A 1 'build_rust: optional Rust extension' "$1" | tail -n 8 | cut -c 1-200 >&2
+        say "what cargo said:"
+        sed -n '/running build_rust/,/build_rust: optional/p' "$1" | grep -A 4 -E '^ *(error|can.t find)' |
+            tail -n 11 | cut -c 1-200 >&2
         ! in_ci || fail 1 "the native kernel could not be built, though Rust $(rust_found) is here"
     fi
     say "going on with the kernel in Python. There is no native one: $no_rust"
