@@ -573,7 +573,7 @@ class Supervisor:
                 self._stop()
             case "workers":
                 processes = describe(self._slots, self._memory, clock.monotonic())
-                self.answer(number, {"processes": processes}, None)
+                self.answer(number, {"processes": processes, "kernel": self._kernel.name}, None)
             case _:
                 self.answer(number, None, f"unknown command {name!r}")
 

@@ -707,8 +707,10 @@ def test_it_says_what_each_process_is_doing(running: Supervised) -> None:
     running.kill("writer/0")
     running.wait_for_start("writer/0", 2)
 
-    processes = running.ask(Order.ASK_WORKERS)["result"]["processes"]
+    result = running.ask(Order.ASK_WORKERS)["result"]
+    processes = result["processes"]
 
+    assert result["kernel"] == "python"
     assert [(each["role"], each["worker"], each["state"], each["restarts"]) for each in processes] == [
         ("services", None, "running", 0),
         ("control", None, "running", 0),

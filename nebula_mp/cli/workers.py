@@ -41,12 +41,12 @@ def run(arguments: argparse.Namespace) -> int:
         began = clock.monotonic()
         before = gateway.call("workers")["processes"]
         time.sleep(_BETWEEN_S)
-        after = gateway.call("workers")["processes"]
-        processes = with_cpu_use(before, after, clock.monotonic() - began)
+        after = gateway.call("workers")
+        processes = with_cpu_use(before, after["processes"], clock.monotonic() - began)
     if arguments.json:
-        print(json.dumps({"schema": SCHEMA, "processes": processes}))
+        print(json.dumps({"schema": SCHEMA, "kernel": after["kernel"], "processes": processes}))
     else:
-        print("\n".join(table([_HEADING, *map(_row, processes)])))
+        print("\n".join((*table([_HEADING, *map(_row, processes)]), f"kernel {after['kernel']}")))
     return 0
 
 

@@ -405,8 +405,9 @@ def test_the_processes_of_a_gateway_are_listed(gateway: "subprocess.Popen[str]",
     shown = command("workers", "-c", str(config))
     as_json = command("workers", "-c", str(config), "--json")
 
-    heading, *lines = (line.split() for line in shown.stdout.splitlines())
+    heading, *lines, kernel = (line.split() for line in shown.stdout.splitlines())
     assert (shown.returncode, as_json.returncode) == (0, 0)
+    assert kernel == ["kernel", json.loads(as_json.stdout)["kernel"]]
     assert heading == ["ROLE", "PID", "CORE", "CPU", "RING", "IN", "OUT", "RESTARTS", "STATE"]
     assert {"control", "services", "reader/0", "writer/0"} <= {line[0] for line in lines}
     assert all(line[-1] == "running" for line in lines)

@@ -88,7 +88,9 @@ def half_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_process_is_a_line_with_what_it_is_where_it_runs_and_what_it_carried(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with answering(tmp_path / "x.sock", {"processes": BEFORE}, {"processes": AFTER}) as commands:
+    with answering(
+        tmp_path / "x.sock", {"processes": BEFORE}, {"processes": AFTER, "kernel": "rust"}
+    ) as commands:
         assert main(["workers", "--run-dir", str(tmp_path)]) == 0
 
     assert commands == ["workers", "workers"]
@@ -98,16 +100,17 @@ def test_each_process_is_a_line_with_what_it_is_where_it_runs_and_what_it_carrie
         "reader/0  102  0     90%  3     12345  12   0         running\n"
         "writer/0  104  1     -    3     0      678  1         running\n"
         "reader/1  -    -     -    0     0      0    5         given up\n"
+        "kernel rust\n"
     )
 
 
 @pytest.mark.usefixtures("half_a_second")
 def test_json_has_everything_and_a_schema(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with answering(tmp_path / "x.sock", {"processes": BEFORE}, {"processes": AFTER}):
+    with answering(tmp_path / "x.sock", {"processes": BEFORE}, {"processes": AFTER, "kernel": "rust"}):
         assert main(["workers", "--run-dir", str(tmp_path), "--json"]) == 0
 
     answer = json.loads(capsys.readouterr().out)
-    assert answer["schema"] == 1
+    assert (answer["schema"], answer["kernel"]) == (1, "rust")
     assert [each.pop("cpu_percent") for each in answer["processes"]] == [4.0, 90.0, None, None]
     assert answer["processes"] == AFTER
 
