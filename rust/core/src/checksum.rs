@@ -167,7 +167,7 @@ mod tests {
     #[test]
     fn it_is_the_sum_of_rfc_1071_at_every_length_and_alignment() {
         let data = noise(256);
-        let ends = if cfg!(miri) { 24 } else { 200 };
+        let ends = if cfg!(miri) { 10 } else { 200 };
         for begin in 0..33 {
             for end in begin..begin + ends {
                 let part = &data[begin..end];
@@ -195,7 +195,7 @@ mod tests {
             if length > 0 {
                 assert_ne!(sum(&data), 0);
             }
-            for at in 0..length {
+            for at in (0..length).step_by(if cfg!(miri) { 41 } else { 1 }) {
                 data.fill(0);
                 data[at] = 1;
                 assert_ne!(sum(&data), 0, "{length} {at}");
