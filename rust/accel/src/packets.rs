@@ -70,12 +70,12 @@ fn segment_packet<'py>(
 
 /// What a device gets for these packets, with the header in front, and how many packets each stands for.
 #[pyfunction]
-fn coalesce<'py>(
-    py: Python<'py>,
+fn coalesce(
+    py: Python<'_>,
     packets: Vec<Vec<u8>>,
     tso: bool,
     uso: bool,
-) -> Vec<(Bound<'py, PyBytes>, usize)> {
+) -> Vec<(Bound<'_, PyBytes>, usize)> {
     let takes = |run: &Run| match run.shape.gso {
         Gso::Tcp4 | Gso::Tcp6 => tso,
         Gso::Udp => uso,
