@@ -94,12 +94,17 @@ UNBUILT = "import sys\nsys.modules['nebula_mp._accel'] = None\n"
 
 @pytest.fixture
 def unbuilt(tmp_path: Path) -> Path:
-    """A folder whose sessions find no accelerator, and a cargo."""
+    """A folder whose sessions find no accelerator, and a Rust that could build it."""
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = native\n")
     (tmp_path / "unbuilt.py").write_text(UNBUILT)
-    (tmp_path / "cargo").write_text("")
-    (tmp_path / "cargo").chmod(0o755)
+    put_rust(tmp_path, "1.95.0")
     return tmp_path
+
+
+def put_rust(folder: Path, version: str) -> None:
+    for name in ("cargo", "rustc"):
+        (folder / name).write_text(f"#!/bin/sh\necho '{name} {version} (of a test)'\n")
+        (folder / name).chmod(0o755)
 
 
 def test_where_the_native_kernel_is_not_built_its_tests_are_left_out_and_a_line_says_so(
@@ -116,11 +121,19 @@ def test_in_ci_that_is_a_failure_where_it_could_have_been_built(unbuilt: Path) -
     done = run_session(unbuilt, NATIVE, "-p", "unbuilt", PATH=str(unbuilt), CI="true")
 
     assert done.returncode == pytest.ExitCode.TESTS_FAILED
-    assert "counts as failed where cargo is there to build it" in done.stdout
+    assert "counts as failed where there is a Rust to build it" in done.stdout
 
 
 def test_in_ci_without_cargo_it_is_none(unbuilt: Path) -> None:
     (unbuilt / "cargo").unlink()
+
+    done = run_session(unbuilt, NATIVE, "-p", "unbuilt", PATH=str(unbuilt), CI="true")
+
+    assert done.returncode == 0
+
+
+def test_in_ci_with_a_rust_that_is_too_old_it_is_none(unbuilt: Path) -> None:
+    put_rust(unbuilt, "1.84.1")
 
     done = run_session(unbuilt, NATIVE, "-p", "unbuilt", PATH=str(unbuilt), CI="true")
 
