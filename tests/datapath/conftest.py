@@ -7,7 +7,7 @@ from typing import Protocol
 import pytest
 
 from nebula_mp.config.model import NO_OFFLOADS, Offloads
-from nebula_mp.datapath.api import UpcallLimits
+from nebula_mp.datapath.api import Kernel, UpcallLimits
 from tests.datapath.sites import UNLIMITED, Site, connect
 from tests.support.native import kernel
 
@@ -25,6 +25,7 @@ class MakeSite(Protocol):
         limits: UpcallLimits = UNLIMITED,
         upcall_areas: int = 8,
         offloads: Offloads = NO_OFFLOADS,
+        kernel: Kernel | None = None,
     ) -> Site: ...
 
 
@@ -42,6 +43,7 @@ def make_site() -> Iterator[MakeSite]:
             limits: UpcallLimits = UNLIMITED,
             upcall_areas: int = 8,
             offloads: Offloads = NO_OFFLOADS,
+            kernel: Kernel | None = None,
         ) -> Site:
             made = Site(
                 workers=workers,
@@ -51,6 +53,7 @@ def make_site() -> Iterator[MakeSite]:
                 limits=limits,
                 upcall_areas=upcall_areas,
                 offloads=offloads,
+                kernel=kernel,
             )
             closing.callback(made.close)
             return made
