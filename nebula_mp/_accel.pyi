@@ -92,9 +92,6 @@ class SendCounters:
     @property
     def beyond_span(self) -> int: ...
 
-def nap(time_us: int) -> None:
-    """Sleep for so long and hardly longer, or until a signal."""
-
 def checksum(data: Buffer) -> int:
     """As `wire.ip.internet_checksum`."""
 

@@ -21,7 +21,7 @@ from nebula_mp.shm_ring import STATE, TAIL, Bell
 from nebula_mp.shm_stats import DIGEST, NAMES
 from nebula_mp.shm_table import SEND, SPAN
 
-ABI: Final = 2
+ABI: Final = 3
 """What the accelerator must say of itself."""
 
 if _accel.ABI != ABI:
@@ -116,7 +116,6 @@ class NativeKernel:
     """A `datapath.api.Kernel`."""
 
     name = "rust"
-    moderation_us = 50
 
     def reader(
         self,
@@ -164,10 +163,6 @@ class NativeKernel:
     def bell_ring(self, bell: Bell) -> None:
         """As `Kernel.bell_ring`."""
         bell.ring()
-
-    def nap(self, time_us: int) -> None:
-        """As `Kernel.nap`."""
-        _accel.nap(time_us)
 
     def checksum(self, data: Buffer) -> int:
         """As `Kernel.checksum`."""

@@ -372,9 +372,6 @@ class Kernel(Protocol):
 
     name: str
 
-    moderation_us: int
-    """How long a reader naps when several packets came at once, before it waits for more; 0: not at all."""
-
     def reader(
         self,
         tun_fd: int,
@@ -414,9 +411,6 @@ class Kernel(Protocol):
 
     def bell_ring(self, bell: Bell) -> None:
         """Wake whoever waits for it."""
-
-    def nap(self, time_us: int) -> None:
-        """Sleep for so long, or until a signal."""
 
     def checksum(self, data: Buffer) -> int:
         """RFC 1071."""

@@ -10,7 +10,6 @@ for the path is counted, but the sender inside the tunnel is not told.
 
 import fcntl
 import os
-import select
 from collections.abc import Callable
 
 from nebula_mp.config.model import Offloads
@@ -124,7 +123,6 @@ class PythonKernel:
     """A `datapath.api.Kernel`."""
 
     name = "python"
-    moderation_us = 0  # a pass takes longer than it could save
 
     def reader(
         self,
@@ -174,10 +172,6 @@ class PythonKernel:
     def bell_ring(self, bell: Bell) -> None:
         """As `Kernel.bell_ring`."""
         bell.ring()
-
-    def nap(self, time_us: int) -> None:
-        """As `Kernel.nap`."""
-        select.select([], [], [], time_us / 1e6)
 
     def checksum(self, data: Buffer) -> int:
         """As `Kernel.checksum`."""

@@ -15,8 +15,6 @@ Order of a pass, and why:
   none: the writer may have come, and found the lock busy only because of us.
 - Nothing here waits for room. What a full ring does not take is dropped and counted.
 - A direction in which nothing has come is left alone: what waits in its ring was rung for when it was filled.
-- Where packets come faster than a reader falls asleep and wakes, it naps before it looks again, if its kernel
-  says so: then a pass takes several, and shares what a pass costs among them. A lone packet begins no nap.
 """
 
 import os
@@ -51,12 +49,6 @@ BUDGET: Final = 64
 HOLDING_MS: Final = 1
 """The sleep while the sealer holds packets back."""
 
-SEVERAL: Final = 4
-"""So many packets in one pass, and the queues are empty then: more will have come after a nap."""
-
-MANY: Final = 32
-"""So many share the cost of a pass as it is: those of a superpacket, whose sender waits for answers."""
-
 _SWEEP_EVERY: Final = Seconds(1)
 _SCHEDSTAT_BYTES_MAX: Final = 128
 _PASSES: Final = SLOTS["mp.passes"]
@@ -89,8 +81,8 @@ class _Half:
         self.more = False
         """Whether the last pass ended with its budget: perhaps it left something that does not wake us."""
 
-    def work(self, budget: int, *, drains: bool) -> int:
-        """One pass; gives how many packets it took. Raises OSError, RingError."""
+    def work(self, budget: int, *, drains: bool) -> None:
+        """One pass. Raises OSError, RingError."""
         drain = self._drain
         if drains and drain.try_take():
             if drain.pending():  # seldom
@@ -106,7 +98,6 @@ class _Half:
         self.more = taken >= budget
         if left:
             self._bell.ring()
-        return taken
 
 
 class _Loop:
@@ -119,10 +110,7 @@ class _Loop:
         self._stats = StatsPage(parts.stats, writable=True)
         self._bell = Bell(parts.bell)
         _become_consumer(parts)
-        self._kernel = kernels.get(parts.kernel)
-        self._nap_us = self._kernel.moderation_us
-        self._came_at_once = False
-        self._reader = self._kernel.reader(
+        self._reader = kernels.get(parts.kernel).reader(
             parts.tun,
             parts.udp,
             parts.memory,
@@ -164,8 +152,6 @@ class _Loop:
             # What holds packets reads none: the queue would only keep us awake.
             self._poll.modify(self._tun, 0 if holding else select.POLLIN)
             self._tun_is_watched = not holding
-        if self._came_at_once:
-            self._kernel.nap(self._nap_us)
         limit_ms = 0 if self._into.more else HOLDING_MS if holding else BELT_MS
         found = self._poll.poll(limit_ms)
         if not found and limit_ms == BELT_MS:
@@ -185,10 +171,10 @@ class _Loop:
     def _pass(self, *, out: bool, into: bool) -> None:
         self._stats.add(_PASSES)
         drains = self._drainer.drains
-        sent = self._out.work(BUDGET, drains=drains) if out else 0
-        received = self._into.work(BUDGET, drains=drains) if into else 0
-        if self._nap_us:
-            self._came_at_once = SEVERAL <= sent + received < MANY
+        if out:
+            self._out.work(BUDGET, drains=drains)
+        if into:
+            self._into.work(BUDGET, drains=drains)
         now = clock.monotonic()
         if now >= self._books_at:
             self._books_at = Seconds(now + BOOKS_EVERY)

@@ -10,7 +10,7 @@ import pytest
 from pyroute2 import IPRoute
 
 from nebula_mp.config.model import DrainMode, TunConfig
-from nebula_mp.datapath.api import CONTROL, Arrival, Drop, Kernel, UpcallLimits, encode_record
+from nebula_mp.datapath.api import CONTROL, Arrival, Drop, UpcallLimits, encode_record
 from nebula_mp.ioctl_tun import TunDevice
 from nebula_mp.shm import PAGE_BYTES
 from nebula_mp.shm_ring import POISON
@@ -201,74 +201,6 @@ def test_a_reader_whose_writer_was_stopped_with_the_lease_goes_on_and_never_wait
     assert rig.count(Drop.SEAL_RING_FULL) > 0
     assert rig.passes_in(0.6) <= 30
     assert rig.writer_bells[0].wait(0), "a writer that comes back must be told"
-
-
-# Naps.
-
-
-def _napping(naps: memoryview, time_us: int = 50) -> None:
-    """For `prepare`: have a kernel that wants naps of so long, and count them."""
-
-    def nap(self: Kernel, asked_us: int) -> None:
-        del self
-        assert asked_us == time_us
-        naps[0] += 1
-
-    kernel = type(native.current())
-    monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(kernel, "moderation_us", time_us)
-    monkeypatch.setattr(kernel, "nap", nap)
-
-
-@pytest.mark.parametrize(
-    ("out", "into", "expected"),
-    [
-        pytest.param(1, 1, 0, id="lone ones"),
-        pytest.param(reader.SEVERAL - 1, 0, 0, id="not enough"),
-        pytest.param(reader.SEVERAL, 0, 1, id="several out"),
-        pytest.param(0, reader.SEVERAL, 1, id="several in"),
-        pytest.param(reader.SEVERAL - 2, 2, 1, id="several in both directions together"),
-        pytest.param(reader.MANY - 1, 0, 1, id="not too many"),
-        pytest.param(reader.MANY, 0, 0, id="enough for a pass"),
-        pytest.param(reader.MANY - 2, 2, 0, id="enough in both directions together"),
-        pytest.param(reader.BUDGET + reader.SEVERAL, 0, 1, id="more than a budget, and several behind it"),
-    ],
-)
-def test_a_reader_naps_once_after_several_packets_came_at_once(
-    make_rig: MakeRig, out: int, into: int, expected: int
-) -> None:
-    rig = make_rig()
-    for number in range(out):
-        rig.give(number)
-    for counter in range(3, 3 + into):
-        come_back(rig, counter)
-    naps = shared_words(1)
-
-    rig.start(Role.READER, prepare=lambda: _napping(naps))
-
-    for _ in range(out):
-        receive(rig.site.far)
-    for _ in range(into):
-        receive(rig.stacks[0])
-    for number in range(3):  # lone ones, behind the nap
-        rig.give(number)
-        receive(rig.site.far)
-    rig.tell(Role.READER)
-    assert naps[0] == expected
-
-
-def test_a_kernel_that_wants_no_naps_gets_none(make_rig: MakeRig) -> None:
-    rig = make_rig()
-    for number in range(10):
-        rig.give(number)
-    naps = shared_words(1)
-
-    rig.start(Role.READER, prepare=lambda: _napping(naps, 0))
-
-    for _ in range(10):
-        receive(rig.site.far)
-    rig.tell(Role.READER)
-    assert naps[0] == 0
 
 
 # Packets held back for a counter.

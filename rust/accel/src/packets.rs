@@ -1,6 +1,4 @@
-//! The functions without memory: for the kernel's `checksum` and `nap`, and for tests that compare them with Python's.
-
-use std::time::Duration;
+//! The functions without memory: for the kernel's `checksum`, and for tests that compare them with Python's.
 
 use nebula_mp_core::aead::{Cipher, Key};
 use nebula_mp_core::coalesce::{Run, JOINT_HEADERS_MAX};
@@ -8,7 +6,7 @@ use nebula_mp_core::header::{HEADER_BYTES, TAG_BYTES};
 use nebula_mp_core::ip::FlowKey;
 use nebula_mp_core::segment::{self, Cut};
 use nebula_mp_core::virtio::{self, Gso, VirtioHeader, PLAIN};
-use nebula_mp_core::{checksum, flows, ip, layout, sys};
+use nebula_mp_core::{checksum, flows, ip, layout};
 use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -16,7 +14,6 @@ use pyo3::types::PyBytes;
 
 /// Make them known to the module.
 pub fn add_functions(module: &Bound<'_, PyModule>) -> PyResult<()> {
-    module.add_function(wrap_pyfunction!(nap, module)?)?;
     module.add_function(wrap_pyfunction!(internet_checksum, module)?)?;
     module.add_function(wrap_pyfunction!(segment_packet, module)?)?;
     module.add_function(wrap_pyfunction!(coalesce, module)?)?;
@@ -26,12 +23,6 @@ pub fn add_functions(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(open, module)?)?;
     module.add_function(wrap_pyfunction!(layouts, module)?)?;
     module.add_function(wrap_pyfunction!(layout_offsets, module)?)
-}
-
-/// `Kernel.nap`.
-#[pyfunction]
-fn nap(time_us: u64) {
-    sys::nap(Duration::from_micros(time_us));
 }
 
 /// `wire.ip.internet_checksum`.

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Errors are errno values; what they mean is for the caller to know. A call that a signal interrupted is made again.
-//! Nothing waits but `wait_writable` and `nap`, for as long as they are told. Knows how the kernel spells addresses and
+//! Nothing waits but `wait_writable`, for as long as it is told. Knows how the kernel spells addresses and
 //! control messages; knows nothing of rings and packets.
 //!
 //! Source: as `nebula_mp.datapath.batches` and `sockaddr`: udp(7), ipv6(7), cmsg(3), eventfd(2); Linux
@@ -14,8 +14,7 @@
 
 use std::mem::{size_of, MaybeUninit};
 use std::ptr;
-use std::sync::Once;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::tunnels::UdpAddr;
 
@@ -379,22 +378,6 @@ pub fn send(
 /// a descriptor that is one.
 pub fn ring_bell(descriptor: i32) {
     let _ = write(descriptor, &1_u64.to_ne_bytes());
-}
-
-/// Sleep for so long and hardly longer, or until a signal. The first one takes from this thread, and from what it forks,
-/// the 50 us by which sleeps may be late otherwise.
-pub fn nap(time: Duration) {
-    static PUNCTUAL: Once = Once::new();
-    PUNCTUAL.call_once(|| {
-        // SAFETY: takes no pointer. If it is refused, naps are longer.
-        unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1 as libc::c_ulong, 0, 0, 0) };
-    });
-    let request = libc::timespec {
-        tv_sec: libc::time_t::try_from(time.as_secs()).unwrap_or(libc::time_t::MAX),
-        tv_nsec: libc::c_long::from(time.subsec_nanos() as i32),
-    };
-    // SAFETY: a timespec, and nowhere to write what is left.
-    unsafe { libc::nanosleep(&raw const request, ptr::null_mut()) };
 }
 
 #[cfg(all(test, not(miri)))]
