@@ -205,6 +205,7 @@ def end_after_the_first_turn() -> None:
 def be_led() -> None:
     """For `prepare`: as `kill_after` wants it, and end after the first turn."""
     end_after_the_first_turn()
+    native_calls.undo()
     stepping.let_be_led()
 
 
