@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-import nebula_mp
+import nebula_mp.datapath
 from nebula_mp.config.model import KernelChoice, MpConfig
 from nebula_mp.datapath import kernels
 from nebula_mp.datapath.kernels import PYTHON, RUST, Chosen
@@ -167,6 +167,8 @@ def test_a_start_loads_what_it_will_need_while_its_configuration_is_read(
     accelerator = Accelerator(ImportError("is said when it is chosen"))
     install(monkeypatch, accelerator)
     monkeypatch.setattr(kernels, "is_installed", lambda: installed)
+    # Both, or what it loads anew stays behind as the package's own, with other classes than everybody has.
+    monkeypatch.delattr(nebula_mp.datapath, "python", raising=False)
     monkeypatch.delitem(sys.modules, "nebula_mp.datapath.python", raising=False)
 
     kernels.preload(wanted)

@@ -162,7 +162,8 @@ def test_the_command_workers_shows_every_process(make_pair: MakePair) -> None:
     running = set(pair.a.site.space.pids())
     assert {row["pid"] for row in rows} == {process.pid for process in processes.values()}
     assert {row["pid"] for row in rows} | {pair.a.pid} == running
-    assert len(table) == len(rows) + 1
+    assert len(table) == len(rows) + 2
+    assert table[-1] in {"kernel python", "kernel rust"}
     for process in processes.values():
         assert process.restarts == 0
         assert process.state == "running"
