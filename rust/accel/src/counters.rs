@@ -73,6 +73,6 @@ impl SendCounters {
     /// Batches that were given counters although they end beyond the span; only grows.
     #[getter]
     fn beyond_span(&self) -> u64 {
-        self.counters.borrow().beyond_span
+        self.counters.borrow().beyond_span()
     }
 }

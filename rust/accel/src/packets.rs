@@ -1,12 +1,10 @@
 //! The functions without memory: for the kernel's `checksum`, and for tests that compare them with Python's.
 
 use nebula_mp_core::aead::{Cipher, Key};
-use nebula_mp_core::coalesce::{Run, JOINT_HEADERS_MAX};
 use nebula_mp_core::header::{HEADER_BYTES, TAG_BYTES};
 use nebula_mp_core::ip::FlowKey;
-use nebula_mp_core::segment::{self, Cut};
-use nebula_mp_core::virtio::{self, Gso, VirtioHeader, PLAIN};
-use nebula_mp_core::{checksum, flows, ip, layout};
+use nebula_mp_core::virtio::{self, VirtioHeader};
+use nebula_mp_core::{checksum, coalesce, flows, ip, layout, segment};
 use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -16,7 +14,7 @@ use pyo3::types::PyBytes;
 pub fn add_functions(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(internet_checksum, module)?)?;
     module.add_function(wrap_pyfunction!(segment_packet, module)?)?;
-    module.add_function(wrap_pyfunction!(coalesce, module)?)?;
+    module.add_function(wrap_pyfunction!(coalesce_packets, module)?)?;
     module.add_function(wrap_pyfunction!(parse_flow, module)?)?;
     module.add_function(wrap_pyfunction!(flow_hash, module)?)?;
     module.add_function(wrap_pyfunction!(seal, module)?)?;
@@ -41,66 +39,31 @@ fn segment_packet<'py>(
     packet: &[u8],
 ) -> Option<Vec<Bound<'py, PyBytes>>> {
     let header = VirtioHeader::parse(&vnet, packet, packet.len()).ok()?;
-    if header.gso == Gso::None {
-        let mut single = packet.to_vec();
-        segment::complete(&header, &mut single);
-        return Some(vec![PyBytes::new(py, &single)]);
-    }
-    let cut = Cut::new(&header, packet, packet.len())?;
-    let stride = cut.segment_bytes;
-    let mut out = vec![0; cut.count * stride];
-    cut.place(packet, &mut out, stride, 0, cut.count);
-    cut.stamp(&mut out, stride, 0, cut.count);
-    let parts = out.chunks(stride).enumerate();
-    Some(
-        parts
-            .map(|(number, part)| PyBytes::new(py, &part[..cut.segment_size(number)]))
-            .collect(),
-    )
+    let parts = segment::segment(&header, packet)?;
+    Some(parts.iter().map(|part| PyBytes::new(py, part)).collect())
 }
 
 /// What a device gets for these packets, with the header in front, and how many packets each stands for.
 #[pyfunction]
-fn coalesce(
+#[pyo3(name = "coalesce")]
+fn coalesce_packets(
     py: Python<'_>,
     packets: Vec<Vec<u8>>,
     tso: bool,
     uso: bool,
 ) -> Vec<(Bound<'_, PyBytes>, usize)> {
-    let takes = |run: &Run| match run.shape.gso {
-        Gso::Tcp4 | Gso::Tcp6 => tso,
-        Gso::Udp => uso,
-        Gso::None => false,
-    };
-    let mut found = Vec::new();
-    let mut at = 0;
-    while let Some(first) = packets.get(at) {
-        let Some(mut run) = Run::begin(first).filter(takes) else {
-            found.push((PyBytes::new(py, &[&PLAIN[..], first].concat()), 1));
-            at += 1;
-            continue;
-        };
-        let headers = run.shape.header_bytes;
-        let mut payload = first[headers..].to_vec();
-        at += 1;
-        while let Some(next) = packets.get(at).filter(|next| run.try_add(next)) {
-            payload.extend_from_slice(&next[headers..]);
-            at += 1;
-        }
-        let mut head = [0; virtio::HEADER_BYTES + JOINT_HEADERS_MAX];
-        let begin = head.len() - run.write_head(&mut head);
-        let joint = [&head[begin..], &payload].concat();
-        found.push((PyBytes::new(py, &joint), run.packets));
-    }
-    found
+    let packets: Vec<&[u8]> = packets.iter().map(Vec::as_slice).collect();
+    coalesce::coalesce(&packets, tso, uso)
+        .into_iter()
+        .map(|(count, whole)| (PyBytes::new(py, &whole), count))
+        .collect()
 }
 
 /// `shm_flows.pack_key` of `wire.ip.parse_flow`; None for what that refuses.
 #[pyfunction]
 fn parse_flow<'py>(py: Python<'py>, packet: &[u8], inbound: bool) -> Option<Bound<'py, PyBytes>> {
-    let FlowKey(words) = ip::parse_flow(packet, inbound).ok()?;
-    let packed = words.map(u64::to_le_bytes).concat();
-    Some(PyBytes::new(py, &packed))
+    let flow = ip::parse_flow(packet, inbound).ok()?;
+    Some(PyBytes::new(py, &flow.to_bytes()))
 }
 
 /// `shm_flows.flow_hash`.

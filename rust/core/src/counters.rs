@@ -51,8 +51,6 @@ impl Words for Regions {
 
 /// Counters for whoever seals, each given out once, whatever dies.
 pub struct SendCounters {
-    /// Batches that were given counters although they end beyond the span; only grows.
-    pub beyond_span: u64,
     ledger: Ledger<Regions>,
     name: String,
     rows: usize,
@@ -96,7 +94,6 @@ impl SendCounters {
         let ledger = Ledger::new(regions, rows, workers, worker, published)
             .map_err(|it| contradiction(it, &name, rows, workers))?;
         Ok(Self {
-            beyond_span: 0,
             ledger,
             name,
             rows,
@@ -116,12 +113,15 @@ impl SendCounters {
         area: Option<u64>,
         regardless: bool,
     ) -> Result<std::result::Result<u64, Refusal>> {
-        let taken = self
-            .ledger
+        self.ledger
             .reserve(row, generation, count, area, regardless)
-            .map_err(|it| contradiction(it, &self.name, self.rows, self.workers))?;
-        self.beyond_span = self.ledger.beyond_span;
-        Ok(taken)
+            .map_err(|it| contradiction(it, &self.name, self.rows, self.workers))
+    }
+
+    /// Batches that were given counters although they end beyond the span; only grows.
+    #[inline]
+    pub fn beyond_span(&self) -> u64 {
+        self.ledger.beyond_span
     }
 }
 

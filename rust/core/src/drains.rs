@@ -510,10 +510,8 @@ impl<C: Calls> Writer<C> {
         part.resize(HEADER_BYTES + PACKET_BYTES_MAX, 0);
         let mut taken = false;
         for number in 0..packets {
-            let out = &mut part[HEADER_BYTES..];
-            cut.place(packet, out, cut.segment_bytes, number, 1);
-            cut.stamp(out, cut.segment_bytes, number, 1);
-            let single = &part[..HEADER_BYTES + cut.segment_size(number)];
+            let size = cut.write_one(packet, number, &mut part[HEADER_BYTES..]);
+            let single = &part[..HEADER_BYTES + size];
             match self.try_write(single)? {
                 Ok(()) => {
                     self.count(single, 1);

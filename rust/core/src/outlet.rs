@@ -117,13 +117,16 @@ impl Outlet {
                 return Ok(Outcome::Dropped);
             }
             let (row, generation) = (tunnel.row(), tunnel.generation);
-            let beyond = self.counters.beyond_span;
+            let beyond = self.counters.beyond_span();
             let area = Some(self.filler.area());
             let granted = self
                 .counters
                 .reserve(row, generation, packets, area, regardless)?;
-            if self.counters.beyond_span != beyond {
-                stats.add(stats.slots.counter_span, self.counters.beyond_span - beyond);
+            if self.counters.beyond_span() != beyond {
+                stats.add(
+                    stats.slots.counter_span,
+                    self.counters.beyond_span() - beyond,
+                );
             }
             match granted {
                 Ok(first) => {

@@ -107,7 +107,7 @@ fn counters_and_spans_are_where_python_looks_for_them() {
     );
     assert_eq!(second.reserve(ROW, 9, 512, Some(0), true), Ok(Ok(13)));
 
-    assert_eq!(second.beyond_span, 1);
+    assert_eq!(second.beyond_span(), 1);
     let send: Vec<u64> = (0..4)
         .map(|word| tables.send.word(ROWS_AT_WORD + 8 * ROW + word))
         .collect();
