@@ -3,7 +3,7 @@
 Data flow: datapath (sealing) -> [SendCounters] -> memory;  datapath (opening) -> [ReceiveWindows] -> memory
            datapath -> [Traffic] -> memory -> [TrafficTotals] -> control
 Knows that a row of the tunnel table is used by one tunnel after another, told apart by generation; knows
-nothing of keys, packets or rings. Offsets and rights: shm_table.
+nothing of keys and packets, and of rings only how far each was sent. Offsets and rights: shm_table.
 Source: docs/architecture.md, "Shared memory".
 
 Who writes which word, and what is left when the writer is killed there:
@@ -42,17 +42,20 @@ import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Self
 
 from nebula_mp.crypto.replay import ReplayWindow, state_bytes
 from nebula_mp.newtypes import Counter
 from nebula_mp.shm import LockFile, Mapping, RecordLock
+from nebula_mp.shm_ring import STATE, TAIL
 from nebula_mp.shm_table import (
     LIVE,
     ROWS_AT,
     ROWS_AT_WORD,
     ROWS_MAX,
+    SEND,
     SEND_ROW,
+    SPAN,
     SPAN_ROW,
     TOUCHED,
     TRAFFIC_ROW,
@@ -153,6 +156,38 @@ class SendCounters:
             assert spans[worker].writable
             self._cells = spans[worker].words
             self._forget_unpublished(published)
+
+    @classmethod
+    def attach(
+        cls,
+        send: int,
+        spans: Sequence[int],
+        seal_states: Sequence[int],
+        locks: int,
+        *,
+        worker: int | None = None,
+        published: int = 0,
+    ) -> Self:
+        """Make one over descriptors; `seal_states` are the states of all workers' seal rings.
+
+        Only `send` and the own span are writable. They are borrowed, but `locks` must stay open (see
+        `shm.LockFile`). Raises RingError, SystemCallError.
+        """
+        states = [
+            Mapping(each, STATE, writable=False, name=f"seal/{number}")
+            for number, each in enumerate(seal_states)
+        ]
+        return cls(
+            Mapping(send, SEND, writable=True),
+            LockFile(locks),
+            [
+                Mapping(each, SPAN, writable=number == worker, name=str(number))
+                for number, each in enumerate(spans)
+            ],
+            worker,
+            lambda worker: states[worker].words[TAIL],
+            published=published,
+        )
 
     def open(self, row: int, generation: int) -> None:
         """Control only: start the counter of a new tunnel, before its row can be read."""

@@ -8,18 +8,16 @@ All processes of an instance use one kernel: it counts with atomic instructions 
 record locks, and the two do not exclude each other.
 """
 
-from collections.abc import Callable
-from typing import Final, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple, Self
 
 from nebula_mp import _accel
 from nebula_mp.config.model import Offloads
 from nebula_mp.datapath.api import CounterFds, ReaderMemory, RingEnd, UpcallLimits
 from nebula_mp.newtypes import Buffer, Counter, IPNetwork, Seconds
-from nebula_mp.shm import LockFile, Mapping
 from nebula_mp.shm_counters import Refusal, SendCounters
-from nebula_mp.shm_ring import STATE, TAIL, Bell
+from nebula_mp.shm_ring import Bell
 from nebula_mp.shm_stats import DIGEST, NAMES
-from nebula_mp.shm_table import SEND, SPAN
 
 ABI: Final = 3
 """What the accelerator must say of itself."""
@@ -87,19 +85,24 @@ class NativeReader:
 class NativeSendCounters(SendCounters):
     """Control's counters, taken with the same instructions as the native readers take theirs."""
 
-    def __init__(self, memory: CounterFds) -> None:
-        states = [
-            Mapping(each, STATE, writable=False, name=f"seal/{n}")
-            for n, each in enumerate(memory.seal_states)
-        ]
-        super().__init__(
-            Mapping(memory.send, SEND, writable=True),
-            LockFile(memory.locks),
-            [Mapping(each, SPAN, writable=False, name=str(n)) for n, each in enumerate(memory.spans)],
-            None,
-            lambda worker: states[worker].words[TAIL],
-        )
-        self._native = _accel.SendCounters(memory.send, memory.spans, memory.seal_states)
+    _native: _accel.SendCounters
+
+    @classmethod
+    def attach(
+        cls,
+        send: int,
+        spans: Sequence[int],
+        seal_states: Sequence[int],
+        locks: int,
+        *,
+        worker: int | None = None,
+        published: int = 0,
+    ) -> Self:
+        """As `SendCounters.attach`."""
+        made = super().attach(send, spans, seal_states, locks, worker=worker, published=published)
+        native = _accel.SendCounters(send, tuple(spans), tuple(seal_states), worker, published)
+        made._native = native  # noqa: SLF001 - a constructor
+        return made
 
     def reserve(
         self, row: int, generation: int, count: int, area: int | None = None, *, regardless: bool = False
@@ -154,7 +157,7 @@ class NativeKernel:
 
     def send_counters(self, memory: CounterFds) -> NativeSendCounters:
         """As `Kernel.send_counters`."""
-        return NativeSendCounters(memory)
+        return NativeSendCounters.attach(*memory)
 
     def bell_wait(self, bell: Bell, limit_ms: int) -> bool:
         """As `Kernel.bell_wait`."""

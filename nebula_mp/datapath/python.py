@@ -23,9 +23,9 @@ from nebula_mp.shm import Layout, LockFile, Mapping
 from nebula_mp.shm_counters import ReceiveWindows, SendCounters, Traffic
 from nebula_mp.shm_flows import FlowView
 from nebula_mp.shm_peers import PeerView
-from nebula_mp.shm_ring import DATA, HEAD, STATE, TAIL, Bell, Consumer, DrainLease, Producer, Recovery
+from nebula_mp.shm_ring import DATA, HEAD, STATE, Bell, Consumer, DrainLease, Producer, Recovery
 from nebula_mp.shm_stats import StatsPage
-from nebula_mp.shm_table import FLOWS, KEYS, PEERS, SEEN, SEND, SPAN, TRAFFIC, TUNNELS, WINDOWS
+from nebula_mp.shm_table import FLOWS, KEYS, PEERS, SEEN, TRAFFIC, TUNNELS, WINDOWS
 from nebula_mp.shm_tunnels import TunnelView, UnderlayView
 from nebula_mp.wire.ip import internet_checksum
 
@@ -55,10 +55,13 @@ class PythonReader:
         seal_data = _attach(memory.seal_ring.data, DATA, "seal")
         seal_words = seal_data.words
         seal = Producer(seal_data, _attach(memory.seal_ring.state, STATE, "seal"), poison=poison)
-        counters = _counters(
-            CounterFds(memory.send, memory.spans, memory.seal_states, memory.locks),
-            memory.worker,
-            published=seal_data.words[HEAD],
+        counters = SendCounters.attach(
+            memory.send,
+            memory.spans,
+            memory.seal_states,
+            memory.locks,
+            worker=memory.worker,
+            published=seal_words[HEAD],
         )
         upcalls = Upcalls(
             _produce(memory.upcall_ring, "upcall", poison=poison),
@@ -163,7 +166,7 @@ class PythonKernel:
 
     def send_counters(self, memory: CounterFds) -> SendCounters:
         """As `Kernel.send_counters`."""
-        return _counters(memory)
+        return SendCounters.attach(*memory)
 
     def bell_wait(self, bell: Bell, limit_ms: int) -> bool:
         """As `Kernel.bell_wait`."""
@@ -190,18 +193,6 @@ def _consume(end: RingEnd, recovery: Recovery) -> Consumer:
     if end.holder is not None:
         lease = DrainLease(state, LockFile(end.locks).lock(end.lock), end.holder)
     return Consumer(data, state, lease=lease, recovery=recovery, rows=end.rows)
-
-
-def _counters(memory: CounterFds, worker: int | None = None, published: int = 0) -> SendCounters:
-    states = [_attach(state, STATE, f"seal/{number}") for number, state in enumerate(memory.seal_states)]
-    return SendCounters(
-        _attach(memory.send, SEND),
-        LockFile(memory.locks),
-        [_attach(span, SPAN, str(number)) for number, span in enumerate(memory.spans)],
-        worker,
-        lambda worker: states[worker].words[TAIL],
-        published=published,
-    )
 
 
 def _produce(ring: RingFds, name: str, *, poison: bool) -> Producer:
