@@ -12,7 +12,6 @@ from nebula_mp.config.yaml_source import Mapping as MappingNode
 from nebula_mp.config.yaml_source import Node, Scalar, Sequence
 
 _SWITCH = ("true", "false")
-"""Either way nothing changes for the user: only speed depends on it, or we never do what it forbids."""
 
 LATER: Mapping[str, tuple[str, ...]] = {
     "counters.requery_every_packets": ("5000",),
@@ -33,7 +32,6 @@ LATER: Mapping[str, tuple[str, ...]] = {
     "lighthouse.serve_dns": ("false",),
     "listen.batch": ("64",),
     "listen.routines": ("0", "1"),
-    "listen.udp_offloads": _SWITCH,
     "local_range": (),
     "logging.timestamp_format": (),
     "preferred_ranges": (),
@@ -46,7 +44,7 @@ LATER: Mapping[str, tuple[str, ...]] = {
     "punchy.target_all_remotes": ("false",),
     "relay.am_relay": ("false",),
     "relay.relays": (),
-    "relay.use_relays": _SWITCH,
+    "relay.use_relays": _SWITCH,  # we never do what it forbids
     "sshd.authorized_users": (),
     "sshd.enabled": ("false",),
     "sshd.host_key": (),
@@ -66,12 +64,11 @@ LATER: Mapping[str, tuple[str, ...]] = {
     "stats.type": ("none",),
     "timers.requery_wait_duration": ("60s",),
     "tun.cpu_affinity": (),
-    "tun.pin_threads": _SWITCH,
-    "tun.pin_threads_key": ("pid", "port"),
+    "tun.pin_threads": ("true",),
+    "tun.pin_threads_key": (),
     "tun.routes": (),
     "tun.routines": ("0", "1"),
     "tun.unsafe_routes": (),
-    "tun.use_offloads": _SWITCH,
     "tun.use_system_route_table": ("false",),
     "tun.use_system_route_table_buffer_size": ("0",),
 }

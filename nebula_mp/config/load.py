@@ -9,7 +9,7 @@ Source: slackhq/nebula examples/config.yml and the code that reads each key.
 
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -112,6 +112,7 @@ READERS: Mapping[str, Reader] = {
     "listen.read_buffer": readers.optional_size,
     "listen.write_buffer": readers.optional_size,
     "listen.so_mark": readers.integer(0, _U32_MAX),
+    "listen.udp_offloads": readers.boolean,
     "listen.send_recv_error": _recv_error,
     "listen.accept_recv_error": _recv_error,
     "tun.dev": readers.device_name,
@@ -119,6 +120,7 @@ READERS: Mapping[str, Reader] = {
     "tun.tx_queue": readers.integer(0, _I32_MAX),
     "tun.drop_local_broadcast": readers.boolean,
     "tun.drop_multicast": readers.boolean,
+    "tun.use_offloads": readers.boolean,
     "firewall.inbound": firewall_rules,
     "firewall.outbound": firewall_rules,
     "firewall.default_local_cidr_any": readers.boolean,
@@ -197,6 +199,7 @@ def load_config(path: Path, *, strict: bool = False) -> LoadedConfig:
     _warn_of_later(flat, report)
     report.raise_problems()
     assert isinstance(config, Config)
+    config = _with_offloads(config, flat)
     return LoadedConfig(config, report.warnings(), sources)
 
 
@@ -257,6 +260,18 @@ def _read(reader: Reader, key: str, flat: Mapping[str, Entry], report: Report) -
         return reader(Field(key, flat[key].value, report))
     except Unusable:
         return None
+
+
+def _with_offloads(config: Config, flat: Mapping[str, Entry]) -> Config:
+    """Let Nebula's two switches decide on the offloads that `mp.offload` says nothing about."""
+    switches = {
+        "tso": config.tun.use_offloads,
+        "uso": config.tun.use_offloads,
+        "udp_segment": config.listen.udp_offloads,
+        "udp_gro": config.listen.udp_offloads,
+    }
+    unsaid = {name: value for name, value in switches.items() if f"mp.offload.{name}" not in flat}
+    return replace(config, mp=replace(config.mp, offload=replace(config.mp.offload, **unsaid)))
 
 
 def _warn_of_later(flat: Mapping[str, Entry], report: Report) -> None:

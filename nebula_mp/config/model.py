@@ -70,6 +70,7 @@ class ListenConfig:
     read_buffer: int | None = None
     write_buffer: int | None = None
     so_mark: int = 0
+    udp_offloads: bool = True  # what `mp.offload.udp_segment` and `udp_gro` are where they are not set
     send_recv_error: RecvErrorPolicy = RecvErrorPolicy.ALWAYS
     accept_recv_error: RecvErrorPolicy = RecvErrorPolicy.ALWAYS
 
@@ -83,6 +84,7 @@ class TunConfig:
     tx_queue: int = 500
     drop_local_broadcast: bool = False
     drop_multicast: bool = False
+    use_offloads: bool = True  # what `mp.offload.tso` and `uso` are where they are not set
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

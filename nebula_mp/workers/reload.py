@@ -11,8 +11,8 @@ from nebula_mp.config.model import Config
 
 _RESTART_ONLY: dict[str, tuple[str, ...]] = {
     "": ("cipher", "handshakes", "routines"),
-    "listen": ("host", "port"),
-    "tun": ("dev", "tx_queue", "drop_local_broadcast", "drop_multicast"),
+    "listen": ("host", "port", "udp_offloads"),
+    "tun": ("dev", "tx_queue", "drop_local_broadcast", "drop_multicast", "use_offloads"),
     "mp": ("run_dir", "workers", "drain", "kernel", "user", "offload"),
 }
 

@@ -175,6 +175,30 @@ H1 = HostPort(host="192.0.2.1", port=4242)
         ("mp: {offload: {udp_segment: false}}", "mp.offload", Offloads(udp_segment=False)),
         ("mp: {offload: {udp_gro: false, tso: yes}}", "mp.offload", Offloads(udp_gro=False)),
         ("mp: {offload: {multiqueue: false}}", "mp.offload", Offloads(multiqueue=False)),
+        ("tun: {use_offloads: no}", "tun.use_offloads", False),
+        ("tun: {use_offloads: no}", "mp.offload", Offloads(tso=False, uso=False)),
+        ("listen: {udp_offloads: 0}", "listen.udp_offloads", False),
+        ("listen: {udp_offloads: 0}", "mp.offload", Offloads(udp_segment=False, udp_gro=False)),
+        (
+            "tun: {use_offloads: false}\nlisten: {udp_offloads: false}",
+            "mp.offload",
+            Offloads(tso=False, uso=False, udp_segment=False, udp_gro=False),
+        ),
+        (
+            "tun: {use_offloads: false}\nmp: {offload: {uso: true}}",
+            "mp.offload",
+            Offloads(tso=False, uso=True),
+        ),
+        (
+            "listen: {udp_offloads: false}\nmp: {offload: {udp_segment: true, udp_gro: null}}",
+            "mp.offload",
+            Offloads(udp_segment=True, udp_gro=False),
+        ),
+        (
+            "listen: {udp_offloads: true}\nmp: {offload: {udp_segment: false}}",
+            "mp.offload",
+            Offloads(udp_segment=False),
+        ),
         ("routines: 1", "routines", 1),
         ("routines: 64", "routines", 64),
         ("routines: 0", "routines", None),
@@ -351,7 +375,8 @@ def test_settings_we_do_not_obey_are_named_in_one_warning_with_their_lines(direc
         "punchy: {punch: False, respond: n, delay: 1000ms, respond_delay: 5s}",
         "punchy: false",
         "punch_back: no",
-        "tun: {routines: 1, use_offloads: false, pin_threads: true, unsafe_routes: , routes: [], disabled: no}",
+        "tun: {routines: 1, use_offloads: true, unsafe_routes: , routes: [], disabled: no}",
+        'tun: {pin_threads: true, pin_threads_key: ""}',
         "listen: {batch: 64, udp_offloads: true, routines: 0, windows_bypass_wdf: false}",
         "preferred_ranges: []",
         "counters: {try_promote: 1000, requery_every_packets: '5000'}",
@@ -380,6 +405,18 @@ def test_more_routines_than_there_can_be_workers_are_a_warning_since_the_file_is
 
 def test_the_most_workers_a_configuration_may_ask_for_are_those_the_tables_have_room_for() -> None:
     assert WORKERS_MAX == shm_table.WORKERS_MAX
+
+
+@pytest.mark.parametrize("setting", ["pin_threads: false", "pin_threads_key: pid", "pin_threads_key: port"])
+def test_what_is_asked_of_threads_is_named_since_our_processes_are_bound_to_cpus_in_our_own_way(
+    directory: Path, setting: str
+) -> None:
+    loaded = load(directory, f"{PKI}tun: {{{setting}}}\n")
+
+    key = setting.partition(":")[0]
+    assert loaded.warnings == (
+        f"known to Nebula but without effect here yet: tun.{key} ({directory}/c.yml:2)",
+    )
 
 
 @pytest.mark.parametrize("key", sorted(LATER))

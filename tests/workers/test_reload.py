@@ -35,6 +35,8 @@ RUNNING = Config(pki=PkiConfig(ca="a", cert="b", key="c"), tun=TunConfig(dev="ne
         (replace(RUNNING, tun=TunConfig(dev="nebula2")), "tun.dev"),
         (replace(RUNNING, tun=TunConfig(dev="nebula1", tx_queue=1)), "tun.tx_queue"),
         (replace(RUNNING, tun=TunConfig(dev="nebula1", drop_multicast=True)), "tun.drop_multicast"),
+        (replace(RUNNING, listen=ListenConfig(udp_offloads=False)), "listen.udp_offloads"),
+        (replace(RUNNING, tun=TunConfig(dev="nebula1", use_offloads=False)), "tun.use_offloads"),
         (replace(RUNNING, routines=4), "routines"),
         (replace(RUNNING, mp=MpConfig(run_dir="/tmp/x")), "mp.run_dir"),
         (replace(RUNNING, mp=MpConfig(workers=2)), "mp.workers"),
