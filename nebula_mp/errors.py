@@ -7,7 +7,8 @@ NebulaError
 │   ├── AuthError        a tag or a key did not fit      drop; an open handshake goes on waiting
 │   └── HandshakeError   a handshake message whose content cannot be used; drop, go on waiting
 ├── CertError            a certificate is not trusted    drop the handshake, log the fingerprint;
-│                                                        for our own files: exit 1
+│                                                        for our own files: exit 1, and those of
+│                                                        the configuration are a ConfigError
 ├── SystemCallError      the kernel refused              message names the device and the capability
 ├── RingError            shared memory contradicts us    worker exits, supervisor restarts it
 ├── KernelError          the kernel that was asked for cannot be used: exit 1

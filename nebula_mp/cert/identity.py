@@ -19,6 +19,52 @@ from nebula_mp.newtypes import CertVersion, Curve, IPInterface
 
 
 @dataclass(frozen=True, slots=True)
+class OwnCertificates:
+    """What `pki.cert` holds: one certificate, or one of each version; each may be used at its time."""
+
+    certificates: Mapping[CertVersion, Certificate]
+    blocks: Mapping[CertVersion, PemBlock]
+    source: str
+
+    @classmethod
+    def from_pem(cls, text: str, source: str, at: int) -> "OwnCertificates":
+        """Read and check all that needs no key; the rest as in `Identity.from_pem`."""
+        blocks: dict[CertVersion, PemBlock] = {}
+        certificates: dict[CertVersion, Certificate] = {}
+        for block, certificate in codec.parse_pem(text, source):
+            version = certificate.version
+            if version in blocks:
+                raise CertError(
+                    f"{block.where}: v{version} certificate already found at line {blocks[version].line}; "
+                    "keep one of each version"
+                )
+            _check_own(block, certificate, at)
+            blocks[version] = block
+            certificates[version] = certificate
+        _check_together(certificates, source)
+        return cls(MappingProxyType(certificates), blocks, source)
+
+    def check_pairs(self, key: PrivateKey, key_source: str) -> None:
+        """Raise CertError for the first certificate that is not made for this key."""
+        for version, certificate in self.certificates.items():
+            _check_pair(self.blocks[version], certificate, key, key_source)
+
+    def choose_initiating_version(self, asked: int | None) -> CertVersion:
+        """Give v1 where both exist and nothing was asked for, as Nebula does. Raises CertError."""
+        match asked:
+            case None:
+                return min(self.certificates)
+            case CertVersion.V1:
+                if CertVersion.V1 not in self.certificates:
+                    raise CertError(f"pki.initiating_version is 1, but {self.source} holds no v1 certificate")
+                return CertVersion.V1
+            case CertVersion.V2:
+                return max(self.certificates)
+            case _:
+                raise CertError(f"unknown pki.initiating_version: {asked}")
+
+
+@dataclass(frozen=True, slots=True)
 class Identity:
     """One private key, and one or two certificates for it. If it exists, they fit together."""
 
@@ -43,25 +89,9 @@ class Identity:
         in seconds. CertError says which file, which block of it, why, and what to do.
         """
         private_key = parse_private_key(key_text, key_source)
-        blocks: dict[CertVersion, PemBlock] = {}
-        certificates: dict[CertVersion, Certificate] = {}
-        for block, certificate in codec.parse_pem(cert_text, cert_source):
-            version = certificate.version
-            if version in blocks:
-                raise CertError(
-                    f"{block.where}: v{version} certificate already found at line {blocks[version].line}; "
-                    "keep one of each version"
-                )
-            _check_own(block, certificate, at)
-            _check_pair(block, certificate, private_key, key_source)
-            blocks[version] = block
-            certificates[version] = certificate
-        _check_together(certificates, cert_source)
-        return cls(
-            private_key,
-            MappingProxyType(certificates),
-            _choose_initiating_version(initiating_version, certificates, cert_source),
-        )
+        own = OwnCertificates.from_pem(cert_text, cert_source, at)
+        own.check_pairs(private_key, key_source)
+        return cls(private_key, own.certificates, own.choose_initiating_version(initiating_version))
 
     @property
     def newest(self) -> Certificate:
@@ -142,23 +172,6 @@ def _check_together(certificates: Mapping[CertVersion, Certificate], source: str
                 f"{source}: v1 and v2 networks are not the same: the first of v1 is "
                 f"{_join(v1.networks[:1])}, of v2 {_join(v2.networks[:1])}"
             )
-
-
-def _choose_initiating_version(
-    asked: int | None, certificates: Mapping[CertVersion, Certificate], source: str
-) -> CertVersion:
-    """Give v1 where both exist and nothing was asked for, as Nebula does."""
-    match asked:
-        case None:
-            return min(certificates)
-        case CertVersion.V1:
-            if CertVersion.V1 not in certificates:
-                raise CertError(f"pki.initiating_version is 1, but {source} holds no v1 certificate")
-            return CertVersion.V1
-        case CertVersion.V2:
-            return max(certificates)
-        case _:
-            raise CertError(f"unknown pki.initiating_version: {asked}")
 
 
 def _join(networks: tuple[IPInterface, ...]) -> str:

@@ -71,7 +71,8 @@ class CaPool:
             try:
                 _check_authority(certificate)
             except CertError as error:
-                raise CertError(f"{block.where}: {error}") from None
+                hint = "" if certificate.is_ca else "; give the certificate that signs those of hosts"
+                raise CertError(f"{block.where}: {error}{hint}") from None
             authorities.append(certificate)
             if not certificate.is_valid_at(at):
                 warnings.append(

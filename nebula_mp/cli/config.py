@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nebula_mp import cli, clock
-from nebula_mp.errors import CertError, ConfigError
+from nebula_mp.errors import ConfigError
 
 JSON_SCHEMA = 1
 """Version of the object that --json prints; members are only ever added."""
@@ -61,7 +61,6 @@ def check(path: Path, *, strict: bool) -> Verdict:
     """Load the configuration and then the certificates and keys that it names."""
     # Imported here, so that `nebula-mp --help` need not wait for YAML and cryptography.
     from nebula_mp.config.load import load_config  # noqa: PLC0415
-    from nebula_mp.config.report import path_shown  # noqa: PLC0415
     from nebula_mp.workers.pki import load_pki  # noqa: PLC0415
 
     try:
@@ -69,9 +68,9 @@ def check(path: Path, *, strict: bool) -> Verdict:
     except ConfigError as error:
         return Verdict(error.problems, error.warnings, ())
     try:
-        pki = load_pki(loaded.config.pki, clock.wall_s())
-    except (ConfigError, CertError) as error:
-        return Verdict((f"{path_shown(path)}: {error}",), loaded.warnings, loaded.sources)
+        _, pki = load_pki(loaded, clock.wall_s())
+    except ConfigError as error:
+        return Verdict(error.problems, error.warnings, loaded.sources)
     return Verdict((), (*loaded.warnings, *pki.warnings), loaded.sources)
 
 

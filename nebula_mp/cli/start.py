@@ -150,7 +150,7 @@ def _with_options(arguments: argparse.Namespace, mp: MpConfig) -> MpConfig:
 def _check(path: Path, loaded: LoadedConfig) -> int:
     """Check what can be checked without touching the host. Raises NebulaError."""
     kernels.choose(kernels.wanted(loaded.config.mp, os.environ))
-    own = load_pki(loaded.config.pki, clock.wall_s())
+    _, own = load_pki(loaded, clock.wall_s())
     for warning in (*loaded.warnings, *own.warnings):
         print(f"warning: {warning}", file=sys.stderr)
     newest = own.identity.newest

@@ -8,7 +8,7 @@ Source: slackhq/nebula examples/config.yml and the code that reads each key.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -38,6 +38,20 @@ class LoadedConfig:
     config: Config
     warnings: tuple[str, ...]
     sources: tuple[Path, ...]
+    places: Mapping[str, Place]  # of the value of each key that is set
+
+    def refuse(self, problems: Iterable[tuple[str, str]], warnings: Iterable[str] = ()) -> None:
+        """Raise ConfigError if there are `problems`, each a key that is set and what is wrong with its value.
+
+        For those who look at what the configuration names. A text may begin with the key; it is said once.
+        The error carries the warnings of the configuration and `warnings`.
+        """
+        report = Report()
+        for key, text in problems:
+            report.problem(self.places[key], key, text.removeprefix(key).lstrip(": "))
+        for warning in (*self.warnings, *warnings):
+            report.note(warning)
+        report.raise_problems()
 
 
 def _recv_error(field: Field) -> RecvErrorPolicy:
@@ -200,7 +214,8 @@ def load_config(path: Path, *, strict: bool = False) -> LoadedConfig:
     report.raise_problems()
     assert isinstance(config, Config)
     config = _with_offloads(config, flat)
-    return LoadedConfig(config, report.warnings(), sources)
+    places = {key: entry.value.place for key, entry in flat.items()}
+    return LoadedConfig(config, report.warnings(), sources, places)
 
 
 def _flatten(

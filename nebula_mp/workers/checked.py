@@ -34,7 +34,7 @@ from nebula_mp.config.model import Config
 from nebula_mp.errors import CertError, ConfigError, InstanceError, NebulaError, SystemCallError
 from nebula_mp.newtypes import IPInterface
 from nebula_mp.privileges import die_with_parent
-from nebula_mp.workers.pki import PemText, Pki, PkiTexts, check_pki, read_texts
+from nebula_mp.workers.pki import PemText, Pki, PkiTexts, check_pki, load_pki
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 _GOOD, _REFUSED = b"+", b"-"
@@ -169,8 +169,8 @@ class Check:
     def finish(self) -> Checked:
         """Wait for the child's end and give what it found good; the caller owns the key's descriptor.
 
-        Raises what `load` and workers.pki raised over there: ConfigError, CertError. NebulaError when the
-        child failed for another reason. May be called once.
+        Raises what `load` and workers.pki raised over there, a ConfigError. NebulaError when the child failed
+        for another reason. May be called once.
         """
         try:
             end = self._reap()
@@ -262,10 +262,13 @@ def _check(load: Load, replaces: Checked | None, key: int) -> Checked:
     loaded = load()
     at = clock.wall_s()
     config = loaded.config
-    texts = read_texts(config.pki)
-    pki = check_pki(texts, config.pki, at)
+    texts, pki = load_pki(loaded, at)
     if replaces is not None:
-        pki.identity.check_replaces(read_pki(replaces).identity)
+        before = read_pki(replaces).identity
+        try:
+            pki.identity.check_replaces(before)
+        except CertError as error:
+            loaded.refuse([("pki.cert", f"{texts.certificate.source}: {error}")], pki.warnings)
     _write(key, texts.key.text.encode())
     fcntl.fcntl(key, fcntl.F_ADD_SEALS, _SEALS)
     return Checked(

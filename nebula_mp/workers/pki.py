@@ -1,17 +1,22 @@
 """Our certificate, key and trusted CAs, read from the paths or the text in `pki`.
 
-Data flow: config.model.PkiConfig -> files -> [workers.pki] -> cert.identity, cert.pool -> Controller
+Data flow: config.load.LoadedConfig -> files -> [workers.pki] -> cert.identity, cert.pool -> Controller
 Reads files and nothing else; what makes a certificate good is decided in cert. Reading and judging are apart,
-since the process that reads the private key is not the one that uses it (workers.checked).
+since the process that reads the private key is not the one that uses it (workers.checked). As in config.load,
+everything is looked at before anything is said.
 Source: slackhq/nebula, examples/config.yml, `pki`.
 """
 
 import os
 import stat
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
-from nebula_mp.cert.identity import Identity
+from nebula_mp.cert.identity import Identity, OwnCertificates
+from nebula_mp.cert.keys import parse_private_key
 from nebula_mp.cert.pool import CaPool
+from nebula_mp.config.load import LoadedConfig
 from nebula_mp.config.model import PkiConfig
 from nebula_mp.errors import CertError, ConfigError
 
@@ -54,48 +59,90 @@ class PkiTexts:
     ca: PemText
 
 
-def load_pki(config: PkiConfig, at: int) -> Pki:
-    """Read and check everything under `pki` as of unix time `at`.
+def load_pki(loaded: LoadedConfig, at: int) -> tuple[PkiTexts, Pki]:
+    """Read the files, or take the texts that stand in the configuration, and check them as of unix time `at`.
 
-    Raises ConfigError for a file that cannot be read and CertError for content that cannot be used; the
-    text names the key, the file and what to do, and never quotes a private key.
+    Raises ConfigError with every problem of any of the three, each with the place of its key, the file and
+    what to do, and with all warnings. Never quotes a private key.
     """
-    return check_pki(read_texts(config), config, at)
-
-
-def read_texts(config: PkiConfig) -> PkiTexts:
-    """Read the files, or take the texts that stand in the configuration itself. Raises as `load_pki` does."""
-    return PkiTexts(
-        certificate=_read("pki.cert", config.cert),
-        key=_read("pki.key", config.key),
-        ca=_read("pki.ca", config.ca),
-    )
+    findings = _Findings()
+    config = loaded.config.pki
+    texts: dict[str, PemText] = {}
+    for key, value in (("pki.ca", config.ca), ("pki.cert", config.cert), ("pki.key", config.key)):
+        with findings.about(key):
+            texts[key] = _read(key, value)
+    pki = _judge(texts, config, at, findings)
+    loaded.refuse(findings.problems, findings.warnings)
+    assert pki is not None  # there was no problem
+    return PkiTexts(certificate=texts["pki.cert"], key=texts["pki.key"], ca=texts["pki.ca"]), pki
 
 
 def check_pki(texts: PkiTexts, config: PkiConfig, at: int) -> Pki:
     """Check what was read, as of unix time `at`. Raises CertError."""
-    certificate, key, ca = texts.certificate, texts.key, texts.ca
-    identity = Identity.from_pem(
-        certificate.text,
-        key.text,
-        cert_source=certificate.source,
-        key_source=key.source,
-        initiating_version=config.initiating_version,
-        at=at,
-    )
-    pool = CaPool.from_pem(ca.text, source=ca.source, at=at, blocklist=config.blocklist)
-    warnings = list(pool.warnings)
-    for own in identity.certificates.values():
+    findings = _Findings()
+    by_key = {"pki.ca": texts.ca, "pki.cert": texts.certificate, "pki.key": texts.key}
+    pki = _judge(by_key, config, at, findings)
+    if pki is None:
+        raise CertError("\n".join(text for _, text in findings.problems))
+    return pki
+
+
+@dataclass(slots=True)
+class _Findings:
+    """What was found so far, all that is wrong and all that is odd."""
+
+    problems: list[tuple[str, str]] = field(default_factory=list)  # the key, and a line that names it
+    warnings: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def about(self, key: str) -> Iterator[None]:
+        """Take an error as a problem of this key, and go on behind the block."""
         try:
-            pool.verify(own, at)
-        except CertError as error:
-            warnings.append(
-                f"{certificate.source}: peers that trust the CAs of {ca.source} will refuse certificate"
-                f" {own.name!r}: {error}"
+            yield
+        except (ConfigError, CertError) as error:
+            self.problems += [(key, line) for line in str(error).splitlines()]
+
+
+def _judge(texts: Mapping[str, PemText], config: PkiConfig, at: int, findings: _Findings) -> Pki | None:
+    """Judge each of the `texts` that are there for itself, then all together; None if there is a problem."""
+    ca, certificate, key = (texts.get(name) for name in ("pki.ca", "pki.cert", "pki.key"))
+    pool = own = private = version = None
+    if ca is not None:
+        with findings.about("pki.ca"):
+            pool = CaPool.from_pem(ca.text, source=ca.source, at=at, blocklist=config.blocklist)
+            findings.warnings += pool.warnings
+    if certificate is not None:
+        with findings.about("pki.cert"):
+            own = OwnCertificates.from_pem(certificate.text, certificate.source, at)
+    if own is not None and ca is not None and pool is not None:
+        findings.warnings += _distrust(own, pool, ca, at)
+    if own is not None:
+        with findings.about("pki.initiating_version"):
+            version = own.choose_initiating_version(config.initiating_version)
+    if key is not None:
+        if key.readable_by_all:
+            findings.warnings.append(
+                f"{key.source}: every user of this machine can read the private key: chmod 600 it"
             )
-    if key.readable_by_all:
-        warnings.append(f"{key.source}: every user of this machine can read the private key: chmod 600 it")
-    return Pki(identity, pool, tuple(warnings))
+        with findings.about("pki.key"):
+            private = parse_private_key(key.text, key.source)
+    if own is not None and key is not None and private is not None:
+        with findings.about("pki.cert"):
+            own.check_pairs(private, key.source)
+    if findings.problems or pool is None or own is None or private is None or version is None:
+        return None
+    return Pki(Identity(private, own.certificates, version), pool, tuple(findings.warnings))
+
+
+def _distrust(own: OwnCertificates, pool: CaPool, ca: PemText, at: int) -> Iterator[str]:
+    for certificate in own.certificates.values():
+        try:
+            pool.verify(certificate, at)
+        except CertError as error:
+            yield (
+                f"{own.source}: peers that trust the CAs of {ca.source} will refuse certificate"
+                f" {certificate.name!r}: {error}"
+            )
 
 
 def _read(key: str, value: str) -> PemText:

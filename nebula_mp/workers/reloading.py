@@ -22,7 +22,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from nebula_mp.config.model import LogLevel
-from nebula_mp.errors import NebulaError
+from nebula_mp.errors import ConfigError, NebulaError
 from nebula_mp.workers import logs
 from nebula_mp.workers.checked import Check, Checked, Load, encode
 from nebula_mp.workers.events import Events
@@ -153,6 +153,9 @@ class Reloading:
         self._finish({"device": self._host.device, "warnings": list(warnings)}, None)
 
     def _failed(self, error: NebulaError) -> None:
+        if isinstance(error, ConfigError):
+            for warning in error.warnings:  # one of them may be the cause, such as an unknown key
+                logs.write(LogLevel.WARN, warning)
         logs.write(LogLevel.ERROR, "reload failed, nothing was changed", {"error": error})
         self._finish(None, str(error))
 

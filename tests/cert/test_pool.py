@@ -324,7 +324,7 @@ def test_a_pool_of_expired_cas_only_is_an_error_that_says_why() -> None:
     [
         pytest.param("", "ca.crt: no PEM block found", id="empty"),
         pytest.param(CA.pem + "junk", "ca.crt:6: text after the last PEM block", id="junk"),
-        pytest.param(CA.pem + make_host(CA).pem, "ca.crt: block 2 (line 6): host: certificate is not a CA", id="host"),
+        pytest.param(CA.pem + make_host(CA).pem, "ca.crt: block 2 (line 6): host: certificate is not a CA; give the certificate that signs those of hosts", id="host"),
         pytest.param(
             codec.encode_pem(replace(CA.certificate, signature=bytes(64))),
             "ca.crt: block 1 (line 1): ca: certificate is not self-signed",

@@ -106,9 +106,55 @@ def test_a_certificate_that_cannot_be_read_or_used_is_a_problem(
     assert validate(PKI) == 1
     wrong = capsys.readouterr().out
 
-    assert missing.startswith("config.yml: pki.cert host.crt: No such file or directory")
-    assert "host.crt" in wrong
+    assert missing.startswith("config.yml:1:25: pki.cert: host.crt: No such file or directory: sign one with")
+    assert wrong.startswith(
+        "config.yml:1:25: pki.cert: host.crt: block 1 (line 1): v2 certificate 'ca-1' is a CA"
+    )
     assert missing.count("\n") == wrong.count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["config", "validate", "-c"], ["start", "-test", "-c"], ["start", "-c"]],
+    ids=["config validate", "start -test", "start"],
+)
+def test_every_command_names_file_and_line_of_all_files_it_cannot_use_and_keeps_the_warnings(
+    words: list[str], directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (directory / "host.crt").unlink()
+    (directory / "host.key").write_text("nonsense")
+    text = "pki:\n  ca: nowhere/ca.crt\n  cert: host.crt\n  key: host.key\nlisen: {port: 1}\n"
+    (directory / "m.yml").write_text(text)
+
+    assert cli.main([*words, "m.yml"]) == 1
+
+    captured = capsys.readouterr()
+    said = sorted(line for line in (captured.out + captured.err).splitlines() if "Next: " not in line)
+    assert said == [
+        "m.yml:2:7: pki.ca: nowhere/ca.crt: No such file or directory: make a CA with `nebula-mp cert ca`",
+        "m.yml:3:9: pki.cert: host.crt: No such file or directory: sign one with `nebula-mp cert sign`",
+        'm.yml:4:8: pki.key: host.key: no PEM block found; one starts with "-----BEGIN NEBULA ..."',
+        'warning: m.yml:5:1: lisen: unknown key; did you mean "listen"?',
+    ]
+
+
+def test_json_says_the_same_of_certificates_and_names_the_sources(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (directory / "host.crt").unlink()
+    (directory / "host.key").chmod(0o644)
+
+    assert validate(f"{PKI}local_range: x\n", "--json") == 1
+
+    bad = json.loads(capsys.readouterr().out)
+    assert bad["problems"] == [
+        "config.yml:1:25: pki.cert: host.crt: No such file or directory: sign one with `nebula-mp cert sign`"
+    ]
+    assert bad["warnings"] == [
+        "known to Nebula but without effect here yet: local_range (config.yml:2)",
+        "pki.key host.key: every user of this machine can read the private key: chmod 600 it",
+    ]
+    assert bad["sources"] == ["config.yml"]
 
 
 def test_a_certificate_of_another_ca_is_a_warning(

@@ -84,9 +84,9 @@ def test_warnings_of_a_test_run_go_to_stderr(config: Path, capsys: pytest.Captur
     [
         ("config.yml", "pki: [", "config.yml"),
         ("config.yml", "listen: {port: 42424x}", r"config\.yml:1:16: listen\.port: .*42424x"),
-        ("host.key", "nonsense", r"pki\.key .*host\.key"),
-        ("host.crt", "nonsense", r"pki\.cert .*host\.crt"),
-        ("ca.crt", "nonsense", r"pki\.ca .*ca\.crt"),
+        ("host.key", "nonsense", r"config\.yml:1:\d+: pki\.key: .*host\.key: no PEM"),
+        ("host.crt", "nonsense", r"config\.yml:1:\d+: pki\.cert: .*host\.crt: no PEM"),
+        ("ca.crt", "nonsense", r"config\.yml:1:\d+: pki\.ca: .*ca\.crt: no PEM"),
     ],
 )
 def test_a_test_run_finds_what_start_would_and_ends_with_1(
@@ -392,7 +392,8 @@ def test_a_gateway_is_seen_reloaded_and_stopped_by_its_commands(
     assert json.loads(as_json.stdout)["pid"] == gateway.pid
     assert (reloaded.returncode, reloaded.stderr) == (0, f"{NAME}: reloaded\n")
     assert not_reloaded.returncode == 1
-    assert "reload failed: pki.key" in not_reloaded.stderr
+    assert f"reload failed: {config}:1:" in not_reloaded.stderr
+    assert f": pki.key: {config.parent}/host.key: no PEM block found" in not_reloaded.stderr
     assert (stopped.returncode, stopped.stderr) == (0, f"{NAME}: stopped (pid {gateway.pid})\n")
     assert gateway.wait(10) == 0
     assert again.returncode == 3

@@ -27,6 +27,7 @@ from nebula_mp.config.model import (
     PkiConfig,
     RecvErrorPolicy,
 )
+from nebula_mp.config.report import Place
 from nebula_mp.errors import ConfigError
 from nebula_mp.newtypes import Cipher
 
@@ -88,7 +89,11 @@ def test_no_key_stands_in_two_tables() -> None:
 def test_three_paths_are_enough_and_the_rest_has_its_default(directory: Path) -> None:
     loaded = load(directory, PKI)
 
-    assert loaded == LoadedConfig(DEFAULT, (), (directory / "c.yml",))
+    file = directory / "c.yml"
+    places = {
+        f"pki.{key}": Place(0, 1, column, file) for key, column in (("ca", 11), ("cert", 20), ("key", 28))
+    }
+    assert loaded == LoadedConfig(DEFAULT, (), (file,), places)
 
 
 def test_null_everywhere_is_the_default(directory: Path) -> None:
@@ -433,6 +438,23 @@ def test_no_setting_we_do_not_obey_is_lost(directory: Path, key: str) -> None:
 
     assert len(loaded.warnings) == 1
     assert f"{key} (" in loaded.warnings[0]
+
+
+def test_what_is_found_wrong_later_is_told_like_a_wrong_value_and_with_all_warnings(tmp_path: Path) -> None:
+    (tmp_path / "a.yml").write_text(PKI)
+    (tmp_path / "b.yml").write_text("nonsense: 1\npki:\n  key: |\n    other\n    text -----BEGIN\n")
+    loaded = load_config(tmp_path)
+
+    loaded.refuse([])
+    with pytest.raises(ConfigError) as caught:
+        loaded.refuse([("pki.key", "pki.key: bad"), ("pki.ca", "pki.ca x: bad"), ("pki.ca", "old")], ["odd"])
+
+    assert caught.value.problems == (
+        f"{tmp_path}/a.yml:1:11: pki.ca: old",
+        f"{tmp_path}/a.yml:1:11: pki.ca: x: bad",
+        f"{tmp_path}/b.yml:3:8: pki.key: bad",
+    )
+    assert caught.value.warnings == (f"{tmp_path}/b.yml:1:1: nonsense: unknown key", "odd")
 
 
 def test_a_directory_is_merged_and_a_problem_names_the_file_and_the_index_within_it(tmp_path: Path) -> None:

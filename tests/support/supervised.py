@@ -37,6 +37,7 @@ from nebula_mp.config.model import (
     PkiConfig,
     TunConfig,
 )
+from nebula_mp.config.report import Place
 from nebula_mp.errors import ConfigError, RingError
 from nebula_mp.newtypes import CertVersion
 from nebula_mp.shm import GENERATION, load_word
@@ -342,7 +343,9 @@ class Supervised:
                 offload=Offloads(**notes.get("offload", {})),
             ),
         )
-        return LoadedConfig(config, ("a warning of the configuration",), (self.home / "config.yml",))
+        file = self.home / "config.yml"
+        places = {f"pki.{key}": Place(0, line, 7, file) for line, key in enumerate(("ca", "cert", "key"), 2)}
+        return LoadedConfig(config, ("a warning of the configuration",), (file,), places)
 
     # ---- life ----
 

@@ -115,7 +115,7 @@ def test_the_keys_memory_is_sealed_closed_on_exec_and_nobody_elses_to_open(check
 def test_control_makes_of_it_what_loading_in_one_process_gives(checked: Checked, by_path: Path) -> None:
     pki = read_pki(checked)
 
-    direct = load_pki(load_config(by_path).config.pki, ANY_TIME)
+    _, direct = load_pki(load_config(by_path), ANY_TIME)
     assert pki.identity.newest == direct.identity.newest
     assert pki.identity.private_key.to_bytes() == IDENTITY.private_key.to_bytes()
     assert pki.pool.verify(IDENTITY.newest, ANY_TIME).certificate == IDENTITY.newest
@@ -209,22 +209,32 @@ def test_a_file_that_cannot_be_used_is_told_as_if_it_were_read_here(
     (by_path.parent / name).unlink()
     if content is not None:
         (by_path.parent / name).write_text(content)
-    with pytest.raises(NebulaError) as direct:
-        load_pki(load_config(by_path).config.pki, ANY_TIME)
+    with pytest.raises(ConfigError) as direct:
+        load_pki(load_config(by_path), ANY_TIME)
 
-    with pytest.raises(NebulaError) as caught:
+    with pytest.raises(ConfigError) as caught:
         check(lambda: load_config(by_path))
 
-    assert (type(caught.value), str(caught.value)) == (type(direct.value), str(direct.value))
+    assert vars(caught.value) == vars(direct.value)
+    assert str(by_path.parent / name) in str(caught.value)
 
 
 def test_certificates_that_may_not_follow_those_in_force_are_refused(checked: Checked, by_path: Path) -> None:
     moved = SHARED.identity("host", "10.42.0.9/24", "fd00:42::1/64", key_of=IDENTITY)
     (by_path.parent / "host.crt").write_text(encode_pem(moved.certificates[CertVersion.V2]))
 
-    with pytest.raises(CertError, match=r"10\.42\.0\.9/24.*restart to change addresses"):
+    by_path.write_text(by_path.read_text() + "nonsense: 1\n")
+    with pytest.raises(ConfigError) as caught:
         Check.begin(lambda: load_config(by_path), replaces=checked).finish()
 
+    (problem,) = caught.value.problems
+    line = 1 + by_path.read_text().partition("cert:")[0].count("\n")
+    assert re.match(
+        rf"{re.escape(str(by_path))}:{line}:\d+: pki\.cert: {re.escape(str(by_path.parent))}/host\.crt:"
+        r" networks .*10\.42\.0\.9/24.*; restart to change addresses$",
+        problem,
+    )
+    assert [warning for warning in caught.value.warnings if "nonsense: unknown key" in warning]
     os.close(check(lambda: load_config(by_path)).key)  # to start with, they are good
 
 

@@ -217,6 +217,19 @@ def test_a_failure_at_any_step_leaves_everything_as_it_was(course: Course, how: 
         os.close(taken.key)
 
 
+def test_a_refusal_is_logged_with_the_warnings_found_on_the_way(
+    course: Course, caplog: pytest.LogCaptureFixture
+) -> None:
+    course.reloading.request(7)
+    course.end_check(ConfigError("c.yml:1:1: pki.ca: bad", "c.yml:2:1: pki.key: bad", warnings=("odd",)))
+
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("WARNING", "odd"),
+        ("ERROR", "reload failed, nothing was changed"),
+    ]
+    assert course.hands.answers == [(7, None, "c.yml:1:1: pki.ca: bad\nc.yml:2:1: pki.key: bad")]
+
+
 def test_a_machine_without_room_for_a_check_is_told(course: Course) -> None:
     course.has_room = False
 
