@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -346,8 +346,9 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.fixture
-def gateway(network: None, config: Path) -> Iterator["subprocess.Popen[str]"]:
+@contextmanager
+def program(config: Path) -> Iterator[tuple["subprocess.Popen[str]", list[str]]]:
+    """A gateway that is up, and the lines it has logged on the way."""
     with subprocess.Popen(
         [sys.executable, "-c", PROGRAM, "start", "-c", str(config)],
         stdout=subprocess.PIPE,
@@ -355,11 +356,19 @@ def gateway(network: None, config: Path) -> Iterator["subprocess.Popen[str]"]:
         text=True,
     ) as process:
         assert process.stdout is not None
+        lines: list[str] = []
         for line in process.stdout:
+            lines.append(line)
             if "Nebula interface is active" in line:
                 break
-        yield process
+        yield process, lines
         process.kill()
+
+
+@pytest.fixture
+def gateway(network: None, config: Path) -> Iterator["subprocess.Popen[str]"]:
+    with program(config) as (process, _):
+        yield process
 
 
 def command(*words: str) -> "subprocess.CompletedProcess[str]":
@@ -399,6 +408,44 @@ def test_a_gateway_is_seen_reloaded_and_stopped_by_its_commands(
     assert again.returncode == 3
     assert "nebula-mp start" in again.stderr
     assert devices() == {"lo"}
+
+
+@pytest.mark.e2e
+@pytest.mark.usefixtures("network")
+def test_a_start_names_all_keys_without_effect_in_one_warning_and_obeys_nebulas_switches_for_offloads(
+    config: Path,
+) -> None:
+    before = (
+        config.read_text()
+        .replace("tun: {", "tun: {use_offloads: false, pin_threads: false, ")
+        .replace("listen: {", "listen: {udp_offloads: false, batch: 128, ")
+    )
+    config.write_text(
+        f"{before}logging: {{format: json}}\nlighthouse:\n  hosts: [10.42.0.9]\npunchy: {{punch: true}}\n"
+        "relay: {use_relays: true}\nstats: {type: none, listen: x}\n"
+    )
+
+    with program(config) as (process, lines):
+        process.terminate()
+        assert process.stdout is not None
+        lines.extend(process.stdout)
+        code = process.wait(10)
+
+    records = [json.loads(line) for line in lines]
+    said = [(record["level"], record["msg"]) for record in records]
+    assert code == 0
+    warning = (
+        f"known to Nebula but without effect here yet: tun.pin_threads ({config}:2), listen.batch ({config}:3),"
+        f" lighthouse.hosts ({config}:8), punchy.punch ({config}:9)"
+    )
+    assert [entry for entry in said if "without effect" in entry[1]] == [("WARN", warning)]
+    for key in ("lighthouse.hosts", "punchy.punch", "pin_threads", "listen.batch"):
+        assert sum(key in text for _, text in said) == 1
+    for key in ("use_offloads", "udp_offloads", "use_relays", "stats"):
+        assert not any(key in text for _, text in said)
+    (offloads,) = (record for record in records if record["msg"] == "offloads")
+    granted = {name: offloads[name] for name in ("tso", "uso", "udpSegment", "udpGro")}
+    assert granted == {"tso": False, "uso": False, "udpSegment": False, "udpGro": False}
 
 
 @pytest.mark.e2e

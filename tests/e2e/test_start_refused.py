@@ -216,7 +216,11 @@ def _holder_of_device(site: Site) -> Iterator[int]:
 def test_start_with_the_key_of_another_host_names_both_files(place: Place) -> None:
     other = place.pair.b.host
     files = {**place.files, "key": str(other.key)}
-    place.assert_refused(GOOD.format(**files), _FAILED, [re.escape(files["key"]), re.escape(files["cert"])])
+    words = [
+        rf"config\.yml:3:9: pki\.cert: {re.escape(files['cert'])}: .*not a pair",
+        re.escape(files["key"]),
+    ]
+    place.assert_refused(GOOD.format(**files), _FAILED, words)
 
 
 def test_start_with_an_expired_certificate_names_the_file_and_says_expired(place: Place) -> None:
@@ -229,12 +233,39 @@ def test_start_with_an_expired_certificate_names_the_file_and_says_expired(place
     wait_until(lambda: time.time() > signed + 2, "the certificate has expired", within_s=5)
 
     files = {**place.files, "cert": str(expired)}
-    place.assert_refused(GOOD.format(**files), _FAILED, [re.escape(str(expired)), "expired"])
+    words = [rf"config\.yml:3:9: pki\.cert: {re.escape(str(expired))}: .*expired .*sign a new one"]
+    place.assert_refused(GOOD.format(**files), _FAILED, words)
 
 
 def test_start_with_a_ca_in_the_place_of_the_host_says_so(place: Place) -> None:
     files = {**place.files, "cert": place.files["ca"], "key": place.files["key"]}
-    place.assert_refused(GOOD.format(**files), _FAILED, [re.escape(files["cert"]), "CA"])
+    words = [rf"config\.yml:3:9: pki\.cert: {re.escape(files['cert'])}: .*is a CA certificate"]
+    place.assert_refused(GOOD.format(**files), _FAILED, words)
+
+
+def test_start_with_a_host_in_the_place_of_the_ca_says_so(place: Place) -> None:
+    files = {**place.files, "ca": place.files["cert"]}
+    words = [
+        rf"config\.yml:2:7: pki\.ca: {re.escape(files['ca'])}: .*is not a CA; give the certificate that signs"
+    ]
+    place.assert_refused(GOOD.format(**files), _FAILED, words)
+
+
+def test_start_with_three_files_that_cannot_be_used_names_all_of_them_beside_the_warnings(
+    place: Place,
+) -> None:
+    files = {**place.files, "ca": "/nowhere/ca.crt", "cert": "/nowhere/a.crt", "key": "/tmp"}
+    config = GOOD.format(**files).replace("cipher: aes\n", "ciper: aes\n")
+    refusal = place.start(config)
+
+    assert refusal.code == _FAILED
+    said = [line.replace(f"{place.home}/", "") for line in refusal.stderr.splitlines()]
+    assert [line.split(": ")[:4] for line in said] == [
+        ["warning", "config.yml:5:1", "ciper", 'unknown key; did you mean "cipher"?'],
+        ["config.yml:2:7", "pki.ca", "/nowhere/ca.crt", "No such file or directory"],
+        ["config.yml:3:9", "pki.cert", "/nowhere/a.crt", "No such file or directory"],
+        ["config.yml:4:8", "pki.key", "/tmp", said[3].split(": ")[3]],
+    ]
 
 
 # What is replaced in GOOD, by what, and what the message must say; `{line}` is where the replacement begins.
@@ -243,13 +274,29 @@ _BAD = {
     "tab-for-indentation": ("  host: 0.0.0.0", "\thost: 0.0.0.0", ["config.yml:{line}:"]),
     "a-list-at-the-top": (GOOD, "- pki\n- listen\n", ["config.yml"]),
     "the-same-key-twice": ("  port: 4242\n", "  port: 4242\n  port: 4243\n", ["config.yml:11:", "port"]),
-    "no-ca": ("  ca: {ca}\n", "", [r"pki\.ca"]),
-    "no-cert": ("  cert: {cert}\n", "", [r"pki\.cert"]),
-    "no-key": ("  key: {key}\n", "", [r"pki\.key"]),
-    "a-ca-that-is-not-there": ("{ca}", "/nowhere/ca.crt", [r"pki\.ca", "/nowhere/ca.crt"]),
-    "a-certificate-that-is-not-there": ("{cert}", "/nowhere/a.crt", [r"pki\.cert", "/nowhere/a.crt"]),
-    "a-key-that-is-a-directory": ("{key}", "/tmp", [r"pki\.key", "/tmp"]),
-    "a-certificate-that-is-no-pem": ("{cert}", "{config}", ["pki.cert|config.yml"]),
+    "no-ca": ("  ca: {ca}\n", "", [r"config\.yml:1:1: pki\.ca: required"]),
+    "no-cert": ("  cert: {cert}\n", "", [r"config\.yml:1:1: pki\.cert: required"]),
+    "no-key": ("  key: {key}\n", "", [r"config\.yml:1:1: pki\.key: required"]),
+    "a-ca-that-is-not-there": (
+        "{ca}",
+        "/nowhere/ca.crt",
+        [r"config\.yml:{line}:7: pki\.ca: /nowhere/ca\.crt: No such file.*nebula-mp cert ca"],
+    ),
+    "a-certificate-that-is-not-there": (
+        "{cert}",
+        "/nowhere/a.crt",
+        [r"config\.yml:{line}:9: pki\.cert: /nowhere/a\.crt: No such file.*nebula-mp cert sign"],
+    ),
+    "a-key-that-is-a-directory": (
+        "{key}",
+        "/tmp",
+        [r"config\.yml:{line}:8: pki\.key: /tmp: .*(regular file|directory)"],
+    ),
+    "a-certificate-that-is-no-pem": (
+        "{cert}",
+        "{config}",
+        [r"config\.yml:{line}:9: pki\.cert: \S+/config\.yml: no PEM block found"],
+    ),
     "an-unknown-cipher": ("cipher: aes", "cipher: des", ["config.yml:{line}:", "cipher", "aes"]),
     "a-port-too-high": ("  port: 4242", "  port: 70000", ["config.yml:{line}:", r"listen\.port", "65535"]),
     "a-port-with-a-letter": (
