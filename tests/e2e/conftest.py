@@ -1,7 +1,7 @@
-"""What every end-to-end test needs: the right to make namespaces, the released programs, and pairs of nodes.
+"""What every end-to-end test needs: the right to make namespaces, and pairs of nodes.
 
 Data flow: pytest -> [e2e.conftest] -> tests/e2e, support.netns, support.nodes
-Where root or a program is missing the tests are skipped with the reason (which fails the run in CI).
+Without root all are skipped with the reason, without a released program those that run it (in CI either fails).
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from nebula_mp.demo.netns import require_root_and_iproute
 from nebula_mp.errors import SystemCallError
 from tests.support.netns import Wire, sweep_stale
 from tests.support.nodes import Pair, Variant
-from tests.support.peers import OURS, STAND_IN, missing_peers
+from tests.support.peers import OURS, STAND_IN, why_not
 
 MakePair = Callable[..., Pair]
 
@@ -37,22 +37,20 @@ def pytest_report_header() -> str | None:
 
 @pytest.fixture(scope="session", autouse=True)
 def ground() -> None:
-    """Root, iproute2 and the released programs, or a reason why not."""
-    reason = ""
+    """Root and iproute2, or a reason why not."""
     try:
         require_root_and_iproute()
     except SystemCallError as error:
-        reason = str(error)
-    if not reason and (missing := missing_peers()):
-        reason = f"{missing[0]} is missing: tools/test fetches it, or set NEBULA_PEERS"
-    if reason:
-        pytest.skip(reason)
+        pytest.skip(str(error))
     sweep_stale()
 
 
 @contextlib.contextmanager
 def pairs(home: Path) -> Iterator[MakePair]:
-    """A maker of pairs; all it made is stopped and removed at the end, whatever happened."""
+    """A maker of pairs; all it made is stopped and removed at the end, whatever happened.
+
+    It skips a test that asks for a release, as a node or to make certificates, which is not there.
+    """
     with contextlib.ExitStack() as stack:
         count = 0
 
@@ -60,6 +58,8 @@ def pairs(home: Path) -> Iterator[MakePair]:
             peer: str, variant: Variant, *, first: str = OURS, a_is_higher: bool = False, start: bool = False
         ) -> Pair:
             nonlocal count
+            if reason := why_not(first, peer, *filter(None, [variant.maker])):
+                pytest.skip(reason)
             count += 1
             place = home / f"pair{count}"
             place.mkdir()

@@ -164,7 +164,7 @@ def test_an_orderly_end_tells_the_peer_and_leaves_nothing_behind(
 
 
 def test_a_term_during_the_start_is_an_orderly_end_too(make_pair: MakePair) -> None:
-    node = make_pair("1.11.0", BASIC).a
+    node = make_pair(OURS, BASIC).a
 
     node.launch()
     wait_until(lambda: _catches(node.pid, signal.SIGTERM), "SIGTERM has a handler", within_s=5)

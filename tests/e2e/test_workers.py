@@ -177,7 +177,7 @@ def test_the_command_workers_shows_every_process(make_pair: MakePair) -> None:
 
 @pytest.mark.parametrize("drain", DRAINS)
 def test_what_the_command_line_says_about_workers_beats_the_file(make_pair: MakePair, drain: str) -> None:
-    node = make_pair("1.11.0", BASIC).a
+    node = make_pair(OURS, BASIC).a
     node.workers, node.drain = 1, "auto"
     node.flags = ["--workers", "3", "--drain", drain]
     node.start()
@@ -186,7 +186,7 @@ def test_what_the_command_line_says_about_workers_beats_the_file(make_pair: Make
 
 
 def test_workers_may_be_left_to_the_program(make_pair: MakePair) -> None:
-    node = make_pair("1.11.0", BASIC).a
+    node = make_pair(OURS, BASIC).a
     node.workers = 3
     node.flags = ["--workers", "auto"]
     node.start()
@@ -211,7 +211,7 @@ def test_workers_may_be_left_to_the_program(make_pair: MakePair) -> None:
 def test_flags_with_impossible_values_are_refused_by_name(
     make_pair: MakePair, flags: list[str], words: list[str]
 ) -> None:
-    node = make_pair("1.11.0", BASIC).a
+    node = make_pair(OURS, BASIC).a
     node.flags = flags
     node.launch()
 
@@ -230,7 +230,7 @@ def test_flags_with_impossible_values_are_refused_by_name(
 def test_impossible_values_in_the_file_are_refused_with_line_and_key(
     make_pair: MakePair, key: str, value: object
 ) -> None:
-    node = make_pair("1.11.0", BASIC).a
+    node = make_pair(OURS, BASIC).a
     node.extra = {"mp": {key: value}}
     node.launch()
 

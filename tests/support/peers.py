@@ -24,10 +24,18 @@ def peers_directory() -> Path:
     return Path(os.environ.get("NEBULA_PEERS") or CLONE / ".peers").resolve()
 
 
-def missing_peers() -> list[Path]:
-    """The programs of `VERSIONS` that are not where they should be."""
-    programs = [binary(version, name) for version in VERSIONS for name in ("nebula", "nebula-cert")]
-    return [program for program in programs if not os.access(program, os.X_OK)]
+def why_not(*programs: str) -> str:
+    """Why a test that runs `programs` (versions or `OURS`) cannot: which releases are missing; empty if none is."""
+    versions = {STAND_IN if program == OURS and STAND_IN else program for program in programs} - {OURS}
+    missing = [
+        path
+        for version in sorted(versions)
+        for path in (binary(version, "nebula"), binary(version, "nebula-cert"))
+        if not os.access(path, os.X_OK)
+    ]
+    if not missing:
+        return ""
+    return f"{', '.join(map(str, missing))} missing: tools/test fetches it, or set NEBULA_PEERS"
 
 
 def binary(version: str, name: str = "nebula") -> Path:
