@@ -1,10 +1,12 @@
 """What `nebula-mp start` says and returns on a machine or with a configuration it cannot work with.
 
-The real program is started in a namespace; it has a second to end with the right code and one clear message,
-and leaves nothing behind. Unit tests hold the exact texts; here each message must name what has to be changed.
+The real program is started in a namespace, up to three times: each start ends with the right code and one clear
+message and leaves nothing behind, and one of them within a second, since a busy machine may hold up the others.
+Unit tests hold the exact texts; here each message must name what has to be changed.
 """
 
 import contextlib
+import math
 import os
 import re
 import socket
@@ -20,12 +22,12 @@ import pytest
 from tests.e2e.conftest import pairs
 from tests.support.netns import Site, entered, wait_until
 from tests.support.nodes import DEVICE, PORT, Pair, Variant
-from tests.support.peers import our_command
+from tests.support.peers import OURS, our_command
 
 pytestmark = pytest.mark.e2e
 
 _WITHIN_S = 1.0
-_ATTEMPTS = 5
+_ATTEMPTS = 3
 _FAILED = 1
 _NEEDS_ROOT = 4
 _NOBODY = "65534"
@@ -110,29 +112,32 @@ class Place:
             raise AssertionError(f"it runs:\n{error.stdout!r}\n{error.stderr!r}") from None
         return Refusal(done.returncode, time.monotonic() - started, done.stdout, done.stderr)
 
-    def assert_refused(
+    def assert_refused_and_within_a_second_at_best(
         self, config: str, code: int, words: Sequence[str], *prefix: str, left: Sequence[int] = ()
     ) -> None:
-        """Refused with `code`, in time, by one message which has all of `words`; only `left` still runs."""
-        for _ in range(_ATTEMPTS):  # a second is short on a machine that does other things as well
+        """Every start is refused with `code` by one message which has all of `words`; only `left` still runs.
+
+        One start of at most `_ATTEMPTS` ends in time: the quickest counts, the others may meet a busy machine.
+        """
+        took: list[float] = []
+        while len(took) < _ATTEMPTS and min(took, default=math.inf) > _WITHIN_S:
             refusal = self.start(config, *prefix)
-            if refusal.seconds <= _WITHIN_S:
-                break
-        assert refusal.code == code, refusal
-        lines = [line for line in refusal.stderr.splitlines() if not line.startswith("warning")]
-        assert len(lines) == 1, refusal.stderr
-        for word in words:
-            assert re.search(word, lines[0]), f"{word!r} is not in: {lines[0]}"
-        assert "Traceback" not in refusal.stdout + refusal.stderr
-        assert refusal.seconds <= _WITHIN_S
-        assert self.pair.a.site.space.pids() == list(left)
+            took.append(refusal.seconds)
+            assert refusal.code == code, refusal
+            lines = [line for line in refusal.stderr.splitlines() if not line.startswith("warning")]
+            assert len(lines) == 1, refusal.stderr
+            for word in words:
+                assert re.search(word, lines[0]), f"{word!r} is not in: {lines[0]}"
+            assert "Traceback" not in refusal.stdout + refusal.stderr
+            assert self.pair.a.site.space.pids() == list(left)
+        assert min(took) <= _WITHIN_S, f"no start of {_ATTEMPTS} ended within {_WITHIN_S} s: {took}"
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     home = tmp_path_factory.mktemp("refused")
     with pairs(home) as make:
-        pair = make("1.11.0", Variant("v1-25519"))
+        pair = make(OURS, Variant("v1-25519"))
         (home / "run").mkdir(mode=0o777)
         (home / "run").chmod(0o777)  # so that a start without root fails for no other reason
         yield Place(pair, home)
@@ -162,14 +167,18 @@ def _capabilities(kept: str) -> list[str]:
 )
 def test_start_without_the_right_to_make_devices_ends_with_4(place: Place, privileges: list[str]) -> None:
     words = ["CAP_NET_ADMIN", "root"]
-    place.assert_refused(GOOD.format(**place.files), _NEEDS_ROOT, words, "setpriv", *privileges)
+    place.assert_refused_and_within_a_second_at_best(
+        GOOD.format(**place.files), _NEEDS_ROOT, words, "setpriv", *privileges
+    )
     assert not place.pair.a.site.has_device(DEVICE)
 
 
 def test_start_without_dev_net_tun_says_how_to_get_it(place: Place) -> None:
     hidden = 'mount -t tmpfs none /dev/net && exec "$@"'
     prefix = ["unshare", "--mount", "sh", "-c", hidden, "sh"]
-    place.assert_refused(GOOD.format(**place.files), _FAILED, ["/dev/net/tun", "modprobe tun"], *prefix)
+    place.assert_refused_and_within_a_second_at_best(
+        GOOD.format(**place.files), _FAILED, ["/dev/net/tun", "modprobe tun"], *prefix
+    )
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["plain", "with-SO_REUSEPORT"])
@@ -181,7 +190,9 @@ def test_start_on_a_port_in_use_names_the_port(place: Place, host: str, *, share
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, shared)
         holder.bind((host, PORT))
         config = GOOD.format(**place.files).replace("0.0.0.0", f'"{host}"')
-        place.assert_refused(config, _FAILED, [f"{PORT}", "taken", f"pid {os.getpid()}"])
+        place.assert_refused_and_within_a_second_at_best(
+            config, _FAILED, [f"{PORT}", "taken", f"pid {os.getpid()}"]
+        )
     assert not place.pair.a.site.has_device(DEVICE)
 
 
@@ -189,7 +200,9 @@ def test_start_with_a_device_name_in_use_names_the_device_and_who_has_it(place: 
     site = place.pair.a.site
     with _holder_of_device(site) as holder:
         words = [f"'{DEVICE}'", f"pid {holder}"]
-        place.assert_refused(GOOD.format(**place.files), _FAILED, words, left=[holder])
+        place.assert_refused_and_within_a_second_at_best(
+            GOOD.format(**place.files), _FAILED, words, left=[holder]
+        )
         assert site.has_device(DEVICE), "what others made stays"
 
 
@@ -198,7 +211,9 @@ def test_start_with_a_device_name_in_use_blames_no_process_of_another_namespace(
     site.ip("tuntap", "add", "dev", DEVICE, "mode", "tun")
     try:
         with _holder_of_device(elsewhere):
-            place.assert_refused(GOOD.format(**place.files), _FAILED, [f"'{DEVICE}'.*existing interface"])
+            place.assert_refused_and_within_a_second_at_best(
+                GOOD.format(**place.files), _FAILED, [f"'{DEVICE}'.*existing interface"]
+            )
         assert site.has_device(DEVICE), "what others made stays"
     finally:
         site.ip("link", "del", DEVICE)
@@ -220,7 +235,7 @@ def test_start_with_the_key_of_another_host_names_both_files(place: Place) -> No
         rf"config\.yml:3:9: pki\.cert: {re.escape(files['cert'])}: .*not a pair",
         re.escape(files["key"]),
     ]
-    place.assert_refused(GOOD.format(**files), _FAILED, words)
+    place.assert_refused_and_within_a_second_at_best(GOOD.format(**files), _FAILED, words)
 
 
 def test_start_with_an_expired_certificate_names_the_file_and_says_expired(place: Place) -> None:
@@ -234,13 +249,13 @@ def test_start_with_an_expired_certificate_names_the_file_and_says_expired(place
 
     files = {**place.files, "cert": str(expired)}
     words = [rf"config\.yml:3:9: pki\.cert: {re.escape(str(expired))}: .*expired .*sign a new one"]
-    place.assert_refused(GOOD.format(**files), _FAILED, words)
+    place.assert_refused_and_within_a_second_at_best(GOOD.format(**files), _FAILED, words)
 
 
 def test_start_with_a_ca_in_the_place_of_the_host_says_so(place: Place) -> None:
     files = {**place.files, "cert": place.files["ca"], "key": place.files["key"]}
     words = [rf"config\.yml:3:9: pki\.cert: {re.escape(files['cert'])}: .*is a CA certificate"]
-    place.assert_refused(GOOD.format(**files), _FAILED, words)
+    place.assert_refused_and_within_a_second_at_best(GOOD.format(**files), _FAILED, words)
 
 
 def test_start_with_a_host_in_the_place_of_the_ca_says_so(place: Place) -> None:
@@ -248,7 +263,7 @@ def test_start_with_a_host_in_the_place_of_the_ca_says_so(place: Place) -> None:
     words = [
         rf"config\.yml:2:7: pki\.ca: {re.escape(files['ca'])}: .*is not a CA; give the certificate that signs"
     ]
-    place.assert_refused(GOOD.format(**files), _FAILED, words)
+    place.assert_refused_and_within_a_second_at_best(GOOD.format(**files), _FAILED, words)
 
 
 def test_start_with_three_files_that_cannot_be_used_names_all_of_them_beside_the_warnings(
@@ -351,7 +366,9 @@ def test_start_with_a_bad_configuration_names_line_and_key(place: Place, name: s
     for key, value in {**place.files, "config": str(place.home / "config.yml")}.items():
         config = config.replace(f"{{{key}}}", value)
 
-    place.assert_refused(config, _FAILED, [word.replace("{line}", str(line)) for word in words])
+    place.assert_refused_and_within_a_second_at_best(
+        config, _FAILED, [word.replace("{line}", str(line)) for word in words]
+    )
 
 
 def test_start_with_several_faults_names_them_all(place: Place) -> None:
