@@ -230,9 +230,9 @@ def test_each_tool_may_be_run_and_is_plain_shell(script: str) -> None:
         subprocess.run(["/bin/sh", "-n", str(part)], check=True, timeout=10)
 
 
-def test_ci_runs_the_tests_and_nothing_more() -> None:
+def test_ci_forbids_skipping_and_runs_the_tests_and_nothing_more() -> None:
     lines = [
         line for line in (CLONE / ".ci/run").read_text().splitlines() if line and not line.startswith("#")
     ]
 
-    assert lines == ['exec "$(dirname -- "$0")/../tools/test"']
+    assert lines == ["export CI=true", 'exec "$(dirname -- "$0")/../tools/test"']
