@@ -15,9 +15,9 @@ from typing import Self
 import pytest
 
 from nebula_mp.newtypes import UdpAddr
-from nebula_mp.wire import nebula_pb2
 from nebula_mp.wire.header import HEADER_BYTES, Header, MessageType
 from tests.e2e.conftest import MakePair
+from tests.support import strangers
 from tests.support.netns import Datagram, Wire, wait_until
 from tests.support.nodes import Node, Pair, Variant
 from tests.support.traffic import Endpoint, PingTrain, check_tcp, ping
@@ -27,7 +27,6 @@ pytestmark = pytest.mark.e2e
 MESSAGES = 10_000
 _PER_SECOND = 1_000
 _BURST = 10
-_KEY_BYTES = 32
 _STRANGER_PORT = 5555
 _SEED = 5
 # The kernel drops what does not fit while a busy machine runs other programs; that is no stranger's doing.
@@ -37,37 +36,17 @@ _WINDOW_BYTES = 16384  # so that a lost ping was lost to the flood, not to a ful
 Forge = Callable[[bytes, random.Random], bytes]
 
 
-def _copied(stage1: bytes, dice: random.Random) -> bytes:
-    """The certificate of a stage 1 under a fresh ephemeral key, with an index and a time that look new."""
-    message = stage1[HEADER_BYTES:]
-    static, payload = message[_KEY_BYTES : 2 * _KEY_BYTES], message[2 * _KEY_BYTES :]
-    handshake = nebula_pb2.NebulaHandshake.FromString(payload)
-    handshake.Details.InitiatorIndex = dice.randrange(1, 2**32)
-    handshake.Details.Time += dice.randrange(1, 10**12)
-    return stage1[:HEADER_BYTES] + dice.randbytes(_KEY_BYTES) + static + handshake.SerializeToString()
-
-
 def _replayed(stage1: bytes, _: random.Random) -> bytes:
     return stage1
-
-
-def _random(stage1: bytes, dice: random.Random) -> bytes:
-    """A good header and noise, or the right length with a part of it altered."""
-    if dice.random() < 0.5:
-        return stage1[:HEADER_BYTES] + dice.randbytes(dice.randrange(600))
-    altered = bytearray(stage1)
-    for _ in range(dice.randrange(1, 20)):
-        altered[dice.randrange(HEADER_BYTES, len(altered))] = dice.randrange(256)
-    return bytes(altered)
 
 
 @pytest.mark.parametrize(
     ("peer", "forge"),
     [
-        pytest.param("1.11.0", _copied, id="1.11.0-copied"),
+        pytest.param("1.11.0", strangers.copied, id="1.11.0-copied"),
         pytest.param("1.11.0", _replayed, id="1.11.0-replayed"),
-        pytest.param("1.11.0", _random, id="1.11.0-random"),
-        pytest.param("1.6.1", _copied, id="1.6.1-copied"),
+        pytest.param("1.11.0", strangers.random, id="1.11.0-random"),
+        pytest.param("1.6.1", strangers.copied, id="1.6.1-copied"),
     ],
 )
 def test_ten_thousand_handshakes_of_a_stranger_leave_a_live_tunnel_undisturbed(
