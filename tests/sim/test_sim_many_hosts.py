@@ -1,4 +1,17 @@
-"""Fifty hosts in a minute of faults; within ten seconds of calm all of them work together again."""
+"""Fifty hosts in a minute of faults; within ten seconds of calm all of them work together again.
+
+Together means: each of two hosts that talk sends through a tunnel that the other has too, to where the other is,
+and a packet either way arrives within half a second.
+
+One tunnel for both ways is another matter. Two hosts that began at once have two good ones, and the one with the
+lower address changes over when it checks the tunnel that it does not send through: every five seconds, or after up
+to ten where that tunnel was silent during the faults; and not at a check shortly before which the answer to a test
+came through its own. So most of these pairs have settled after ten seconds, a few of some 145 may be left, and
+none half a minute later.
+
+The static maps hold names, which each host looks up every five seconds (`world.RESOLVE_EVERY_S`), not every thirty
+as by default: a host whose address changed unnoticed, and that stays silent, is found by the next look-up.
+"""
 
 import os
 
@@ -12,6 +25,7 @@ FRIENDS = 3
 FAULTS_S = 60.0
 CONVERGE_S = 10.0
 AGREE_S = 40.0
+STRAY_PAIRS = 3
 SEEDS = range(int(os.environ.get("NEBULA_MP_SIM_SEEDS", "40")))
 
 
@@ -30,9 +44,11 @@ def test_fifty_hosts_converge_within_ten_seconds_after_a_minute_of_faults(seed: 
     world.run(CONVERGE_S)
 
     world.check_agreement(pairs)
+    stray = [pair for pair in pairs if not world.is_one_tunnel(*pair)]
+    if len(stray) > STRAY_PAIRS:
+        world.fail(f"{len(stray)} pairs use two tunnels", *stray[0])
     world.check_delivery(pairs, within=0.5)
     world.check_tables()
-    # Both tunnels of two hosts that began at once work; in time all use one, and the others go.
     world.run(AGREE_S / 2)
     world.check_one_tunnel(pairs, within=AGREE_S / 4)
     world.check_delivery(pairs, within=0.5)
