@@ -20,12 +20,17 @@ _VALID_S = 24 * 3600  # long enough for a look around with --keep
 
 
 def write_credentials(folder: Path, networks: Mapping[str, str]) -> None:
-    """Write ca.crt, and NAME.crt and NAME.key for each `name: address with prefix length` of `networks`."""
+    """Write ca.crt, and NAME.crt and NAME.key for each `name: address with prefix length` of `networks`.
+
+    Version 1, which every Nebula reads, unless one of the addresses is IPv6: those need version 2.
+    """
     now = clock.wall_s()
+    only_ipv4 = all(ip_interface(address).version == 4 for address in networks.values())
+    version = CertVersion.V1 if only_ipv4 else CertVersion.V2
 
     def request(name: str, *addresses: str) -> CertificateRequest:
         return CertificateRequest(
-            version=CertVersion.V1,
+            version=version,
             name=name,
             networks=tuple(ip_interface(address) for address in addresses),
             not_before=now,

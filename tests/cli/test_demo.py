@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from nebula_mp import cli
+from nebula_mp.cert import codec
 from nebula_mp.demo import measure, story
 from nebula_mp.demo.credentials import write_credentials
 from nebula_mp.demo.netns import Lab, Namespace
@@ -70,6 +71,20 @@ def test_the_keys_of_the_nodes_are_readable_by_their_owner_alone_and_the_key_of_
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
     assert set(modes) == {"ca.crt", "a.crt", "a.key", "b.crt", "b.key"}
     assert modes["a.key"] == modes["b.key"] == 0o600
+
+
+@pytest.mark.parametrize(("address", "version"), [("10.42.0.1/24", 1), ("fd42::1/64", 2)])
+def test_certificates_are_of_version_1_unless_an_address_needs_version_2(
+    tmp_path: Path, address: str, version: int
+) -> None:
+    write_credentials(tmp_path, {"a": address})
+
+    found = [
+        certificate.version
+        for name in ("ca.crt", "a.crt")
+        for _, certificate in codec.parse_pem((tmp_path / name).read_text(), name)
+    ]
+    assert found == [version, version]
 
 
 def test_the_configuration_of_a_node_passes_our_own_check(tmp_path: Path) -> None:
