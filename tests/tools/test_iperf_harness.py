@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -26,7 +27,16 @@ from tools.iperf_harness.cases import CASES, GBIT, Case, Sample, Sent, costs, me
 from tools.iperf_harness.progress import Progress
 from tools.iperf_harness.results import Results, pick_baseline
 from tools.iperf_harness.runner import Plan, execute, rotated
-from tools.iperf_harness.systems import System, UsageError, Values, parse_systems
+from tools.iperf_harness.systems import (
+    IPV4,
+    IPV6,
+    System,
+    Tunnel,
+    UsageError,
+    Values,
+    check_overlay,
+    parse_systems,
+)
 
 CLONE = Path(__file__).resolve().parents[2]
 
@@ -64,6 +74,19 @@ def values(folder: Path, name: str = "a") -> Values:
         pytest.param(["--cases", "tcp,sctp"], "no case 'sctp'", id="unknown case"),
         pytest.param(["--cases", ""], "no case to measure", id="no case"),
         pytest.param(["--topology", "ring"], "ring", id="unknown topology"),
+        pytest.param(["--cipher", "rot13"], "rot13", id="unknown cipher"),
+        pytest.param(["--overlay", "ipx"], "ipx", id="unknown overlay"),
+        pytest.param(["--underlay", "ipx"], "ipx", id="unknown underlay"),
+        pytest.param(
+            ["--systems", "nebula-mp,nebula-1.6.1", "--overlay", "ipv6"],
+            "nebula-1.6.1 has no IPv6 overlay",
+            id="an overlay before its time",
+        ),
+        pytest.param(
+            ["--systems", "nebula-1.9.3:routines=2", "--overlay", "ipv6"],
+            "nebula-1.9.3:routines=2 has no IPv6 overlay",
+            id="an overlay just before its time",
+        ),
         pytest.param(["--rounds", "0"], "1..1000", id="no round"),
         pytest.param(["--seconds", "-1"], "1..3600", id="negative time"),
         pytest.param(["--workers", "many"], "1..64", id="workers by word"),
@@ -130,6 +153,52 @@ def test_every_nebula_is_given_the_same_settings(tmp_path: Path) -> None:
     assert ours["listen"]["read_buffer"] == ours["listen"]["write_buffer"] == 8 << 20
 
 
+def test_releases_with_certificates_of_version_2_have_an_ipv6_overlay_and_all_have_ipv4() -> None:
+    old, new = systems("nebula-1.6.1", "nebula-1.9.3"), systems("none", "nebula-mp", "nebula-1.11.0")
+
+    check_overlay([*old, *new], IPV4)
+    check_overlay([*new, *systems(commands={"own": "nebula"})], IPV6)
+
+    with pytest.raises(UsageError, match=r"nebula-1\.6\.1"):
+        check_overlay([*new, *old], IPV6)
+
+
+def test_cipher_and_ip_versions_reach_the_configuration_of_every_nebula(tmp_path: Path) -> None:
+    inside_and_outside = dataclasses.replace(
+        values(tmp_path),
+        overlay="fd42::1",
+        peer_overlay="fd42::2",
+        underlay="2001:db8:1::1",
+        peer_underlay="2001:db8:1::2",
+        cipher="chachapoly",
+    )
+    found = systems("nebula-mp", "nebula-1.11.0", commands={"own": "prog -config $config"})
+
+    for system in found:
+        config = yaml.safe_load(system.config_text(inside_and_outside))
+        assert config["cipher"] == "chachapoly"
+        assert config["listen"]["host"] == "::"
+        assert config["static_host_map"] == {"fd42::2": ["[2001:db8:1::2]:4242"]}
+
+    config = yaml.safe_load(found[-1].config_text(values(tmp_path)))
+    assert config["listen"]["host"] == "0.0.0.0"
+    assert config["static_host_map"] == {"10.42.0.2": ["192.0.2.2:4242"]}
+
+
+@pytest.mark.parametrize("topology", bench.TOPOLOGIES)
+def test_the_cases_send_to_the_overlay_and_without_a_tunnel_over_a_wire_of_its_ip_version(
+    topology: str,
+) -> None:
+    tunnel = Tunnel(overlay="ipv6", underlay="ipv4")
+    none, own = (
+        bench.Bench(system, topology, 1, tunnel=tunnel, lab=cast("Any", None))
+        for system in systems("none", "nebula-mp")
+    )
+
+    assert own.target == "fd42::2"
+    assert ip_address(none.target) in ip_network("2001:db8::/32")
+
+
 def test_options_become_keys_of_the_configuration(tmp_path: Path) -> None:
     found = systems(
         "nebula-mp:drain=writer:tun.tx_queue=1000",
@@ -182,11 +251,12 @@ def test_the_configuration_of_nebula_mp_passes_the_strict_check_and_an_unknown_k
 
 def test_a_command_and_its_template_are_filled_in_for_each_node(tmp_path: Path) -> None:
     (system,) = systems(
-        commands={"own": "prog '-c $config' $$HOME"}, templates={"own": "$name at $underlay to $peer_overlay"}
+        commands={"own": "prog '-c $config' $$HOME"},
+        templates={"own": "$name at $underlay to $peer_overlay by $peer_endpoint in $cipher"},
     )
 
     assert system.argv(values(tmp_path)) == ["prog", f"-c {tmp_path}/a.yml", "$HOME"]
-    assert system.config_text(values(tmp_path)) == "a at 192.0.2.1 to 10.42.0.2"
+    assert system.config_text(values(tmp_path)) == ("a at 192.0.2.1 to 10.42.0.2 by 192.0.2.2:4242 in aes")
 
 
 @pytest.mark.parametrize("text", ["$colour", "$ alone"])
@@ -344,7 +414,10 @@ class FakeBench:
 
     log: list[str] = []
 
-    def __init__(self, system: System, _topology: str, _workers: int, _congestion: str | None) -> None:
+    def __init__(
+        self, system: System, _topology: str, _workers: int, _congestion: str | None, tunnel: Tunnel
+    ) -> None:
+        assert tunnel.cipher == "chachapoly"
         self.system = system
 
     def __enter__(self) -> Self:
@@ -384,6 +457,7 @@ def test_cases_go_over_all_systems_in_turn_and_one_that_does_not_start_stops_nob
         rounds=2,
         seconds=1.0,
         workers=1,
+        tunnel=Tunnel(cipher="chachapoly"),
     )
     samples: list[Sample] = []
 
@@ -464,6 +538,30 @@ def test_a_real_run_measures_both_systems_in_every_case_and_leaves_nothing(
     assert speed is not None
     assert memory is not None
     assert min(speed.median, memory.median) > 0
+    assert leftovers(process.pid) == []
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("topology", bench.TOPOLOGIES)
+def test_a_real_run_over_ipv6_inside_and_outside_answers_every_kind_of_traffic_and_says_what_it_was(
+    tmp_path: Path, topology: str
+) -> None:
+    out = tmp_path / "run.json"
+    options = ["--systems=none,nebula-mp", "--cases=tcp,udp-1200,ping,connect-1", "--rounds=1", "--seconds=1"]
+    options += ["--cipher=chachapoly", "--overlay=ipv6", "--underlay=ipv6"]
+    options += ["--command=told=sh -c 'echo $overlay $peer_endpoint $cipher; exit 7'"]
+
+    with start_harness(*options, f"--topology={topology}", f"--json={out}") as process:
+        stdout, stderr = process.communicate(timeout=180)
+
+    assert out.exists(), stderr
+    results = Results.from_json(out.read_text())
+    assert [one.error for one in results.samples if one.system != "told"] == [""] * 8, stderr
+    told = next(one.error for one in results.samples if one.system == "told")
+    assert re.search(r"fd42::[12] \[2001:db8:[12]::[12]\]:4242 chachapoly$", told, re.MULTILINE)
+    assert "cipher chachapoly, overlay ipv6, underlay ipv6" in stdout
+    chosen = {name: results.settings[name] for name in ("cipher", "overlay", "underlay")}
+    assert chosen == {"cipher": "chachapoly", "overlay": "ipv6", "underlay": "ipv6"}
     assert leftovers(process.pid) == []
 
 

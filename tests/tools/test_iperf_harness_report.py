@@ -31,7 +31,13 @@ def recorded(*extra: Sample) -> Results:
     ]
     return Results(
         machine={"CPU": "2 of Test"},
-        settings={"topology": "direct", "rounds": "3"},
+        settings={
+            "topology": "direct",
+            "rounds": "3",
+            "cipher": "chachapoly",
+            "overlay": "ipv6",
+            "underlay": "ipv6",
+        },
         versions={"nebula-mp": "0.1"},
         systems=("nebula-mp", "nebula-1.11.0"),
         cases=("tcp", "ping"),
@@ -119,6 +125,20 @@ def test_results_survive_json_and_bring_a_summary() -> None:
     summary = {(row["case"], row["system"], row["figure"]): row for row in json.loads(text)["summary"]}
     assert summary["tcp", "nebula-mp", "gbit_per_s"]["ratio"]["median"] == 4.0
     assert summary["tcp", "nebula-1.11.0", "gbit_per_s"]["ratio"] is None
+
+
+def test_results_of_before_the_ip_versions_could_be_chosen_are_those_of_ipv4(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = json.loads(recorded().to_json())
+    old["settings"] = {"topology": "direct", "cipher": "aes"}
+    source = tmp_path / "old.json"
+    source.write_text(json.dumps(old))
+
+    code = cli.main(["--from", str(source)])
+
+    assert code == 0
+    assert "topology direct, cipher aes, overlay ipv4, underlay ipv4\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

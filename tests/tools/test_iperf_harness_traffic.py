@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ipaddress import ip_address
 from typing import Any
 
 import pytest
@@ -91,12 +92,12 @@ def test_a_percentile_is_a_value_that_so_many_do_not_exceed(
 
 
 @contextmanager
-def connection_server(port: int) -> Iterator[None]:
-    argv = [sys.executable, "-IS", CONNECTIONS, "serve", "127.0.0.1", str(port), "2"]
+def connection_server(address: str, port: int) -> Iterator[None]:
+    argv = [sys.executable, "-IS", CONNECTIONS, "serve", address, str(port), "2"]
     with subprocess.Popen(argv, start_new_session=True) as server:
         try:
             deadline = time.monotonic() + WITHIN_S
-            while not answers(port):
+            while not answers(address, port):
                 assert server.poll() is None
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
@@ -105,26 +106,31 @@ def connection_server(port: int) -> Iterator[None]:
             os.killpg(server.pid, signal.SIGKILL)
 
 
-def answers(port: int) -> bool:
-    with socket.socket() as client:
-        return client.connect_ex(("127.0.0.1", port)) == 0
+def family(address: str) -> socket.AddressFamily:
+    return {4: socket.AF_INET, 6: socket.AF_INET6}[ip_address(address).version]
 
 
-def load(port: int) -> dict[str, float]:
-    argv = [sys.executable, "-IS", CONNECTIONS, "load", "127.0.0.1", str(port), "2", "0.3"]
+def answers(address: str, port: int) -> bool:
+    with socket.socket(family(address)) as client:
+        return client.connect_ex((address, port)) == 0
+
+
+def load(address: str, port: int) -> dict[str, float]:
+    argv = [sys.executable, "-IS", CONNECTIONS, "load", address, str(port), "2", "0.3"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=WITHIN_S, check=True)
     figures = json.loads(done.stdout)
     assert isinstance(figures, dict)
     return figures
 
 
-def test_connections_are_made_counted_and_timed_and_those_refused_are_failures() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_connections_are_made_counted_and_timed_and_those_refused_are_failures(address: str) -> None:
+    with socket.create_server((address, 0), family=family(address)) as free:
         port = free.getsockname()[1]
 
-    refused = load(port)
-    with connection_server(port):
-        served = load(port)
+    refused = load(address, port)
+    with connection_server(address, port):
+        served = load(address, port)
 
     assert refused["connections"] == 0
     assert refused["failures"] > 0

@@ -21,7 +21,7 @@ from typing import Self
 from nebula_mp.demo.credentials import write_credentials
 from nebula_mp.demo.netns import Lab, Namespace, run
 from nebula_mp.errors import SystemCallError
-from tools.iperf_harness.systems import MTU_BYTES, System, Values
+from tools.iperf_harness.systems import DEFAULT_TUNNEL, IPV4, IPV6, MTU_BYTES, System, Tunnel, Values
 
 PREFIX = "nmph"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -29,10 +29,24 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 DIRECT, ROUTED = "direct", "routed"
 TOPOLOGIES = (DIRECT, ROUTED)
 NAMES = ("a", "b")
-OVERLAY = {"a": "10.42.0.1", "b": "10.42.0.2"}
-UNDERLAY = {"a": "192.0.2.1", "b": "198.51.100.2"}  # RFC 5737: addresses for documentation
-_DIRECT_UNDERLAY = {"a": "192.0.2.1", "b": "192.0.2.2"}
-_GATEWAY = {"a": "192.0.2.254", "b": "198.51.100.254"}
+OVERLAY = {
+    IPV4: {"a": "10.42.0.1", "b": "10.42.0.2"},
+    IPV6: {"a": "fd42::1", "b": "fd42::2"},
+}
+UNDERLAY = {  # RFC 5737 and RFC 3849: addresses for documentation
+    IPV4: {"a": "192.0.2.1", "b": "198.51.100.2"},
+    IPV6: {"a": "2001:db8:1::1", "b": "2001:db8:2::2"},
+}
+_DIRECT_UNDERLAY = {
+    IPV4: {"a": "192.0.2.1", "b": "192.0.2.2"},
+    IPV6: {"a": "2001:db8:1::1", "b": "2001:db8:1::2"},
+}
+_GATEWAY = {
+    IPV4: {"a": "192.0.2.254", "b": "198.51.100.254"},
+    IPV6: {"a": "2001:db8:1::fe", "b": "2001:db8:2::fe"},
+}
+_PREFIX_BITS = {IPV4: 24, IPV6: 64}
+_FORWARDING = {IPV4: "ipv4/ip_forward", IPV6: "ipv6/conf/all/forwarding"}
 _WIRE_MTU_BYTES = 1500
 _PORT = 4242
 _DEVICE = "bench0"
@@ -72,6 +86,7 @@ class Bench:
     topology: str
     workers: int
     congestion: str | None = None  # TCP's; None: the machine's
+    tunnel: Tunnel = DEFAULT_TUNNEL
     lab: Lab = field(default_factory=lambda: Lab(f"{PREFIX}-{os.getpid()}"))
     nodes: list[Node] = field(default_factory=list)
     folder: Path | None = None
@@ -95,7 +110,7 @@ class Bench:
     @property
     def target(self) -> str:
         """Address of the server as the client reaches it."""
-        return OVERLAY["b"] if self.system.is_tunnel else self._underlay("b")
+        return OVERLAY[self.tunnel.overlay]["b"] if self.system.is_tunnel else self._underlay("b")
 
     @property
     def roots(self) -> list[int]:
@@ -108,7 +123,8 @@ class Bench:
         self.nodes = [Node(name, self.lab.namespace(name), self.folder / f"{name}.log") for name in NAMES]
         self._join()
         if self.system.is_tunnel:
-            write_credentials(self.folder, {name: f"{OVERLAY[name]}/24" for name in NAMES})
+            overlay, bits = OVERLAY[self.tunnel.overlay], _PREFIX_BITS[self.tunnel.overlay]
+            write_credentials(self.folder, {name: f"{overlay[name]}/{bits}" for name in NAMES})
             for node in self.nodes:
                 self._launch(node)
         # Few ports repeat flows, and a table of flows looks better than it is.
@@ -137,18 +153,19 @@ class Bench:
         # Without a tunnel the wire itself has the tunnel's MTU, so that everyone moves packets of one size.
         mtu = _WIRE_MTU_BYTES if self.system.is_tunnel else MTU_BYTES
         a, b = (node.space for node in self.nodes)
-        here, there = (f"{self._underlay(name)}/24" for name in NAMES)
+        bits, gateway = _PREFIX_BITS[self._wire], _GATEWAY[self._wire]
+        here, there = (f"{self._underlay(name)}/{bits}" for name in NAMES)
         if self.topology == DIRECT:
             self.lab.join(a, b, [here], [there], mtu_bytes=mtu)
             return
         router = self.lab.namespace("r")
         for space, name, address in ((a, "a", here), (b, "b", there)):
             device = f"eth{name}"
-            self.lab.join(space, router, [address], [f"{_GATEWAY[name]}/24"], device=device, mtu_bytes=mtu)
-            space.run("ip", "route", "add", "default", "via", _GATEWAY[name])
+            self.lab.join(space, router, [address], [f"{gateway[name]}/{bits}"], device=device, mtu_bytes=mtu)
+            space.run("ip", "route", "add", "default", "via", gateway[name])
             router.run("ethtool", "-K", device, "tso", "off", "tx-udp-segmentation", "off")
             space.run("ethtool", "-K", device, "gro", "on")
-        router.run("sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
+        router.run("sh", "-c", f"echo 1 > /proc/sys/net/{_FORWARDING[self._wire]}")
 
     def _launch(self, node: Node) -> None:
         values = self._values(node.name)
@@ -166,17 +183,23 @@ class Bench:
         return Values(
             name=name,
             folder=self.folder,
-            overlay=OVERLAY[name],
-            peer_overlay=OVERLAY[other],
+            overlay=OVERLAY[self.tunnel.overlay][name],
+            peer_overlay=OVERLAY[self.tunnel.overlay][other],
             underlay=self._underlay(name),
             peer_underlay=self._underlay(other),
             port=_PORT,
             device=_DEVICE,
             workers=self.workers,
+            cipher=self.tunnel.cipher,
         )
 
+    @property
+    def _wire(self) -> str:
+        """The wire's IP version: without a tunnel the overlay's, so that everyone moves the same."""
+        return self.tunnel.underlay if self.system.is_tunnel else self.tunnel.overlay
+
     def _underlay(self, name: str) -> str:
-        return (_DIRECT_UNDERLAY if self.topology == DIRECT else UNDERLAY)[name]
+        return (_DIRECT_UNDERLAY if self.topology == DIRECT else UNDERLAY)[self._wire][name]
 
     def _wait_ready(self) -> None:
         """An answer through the tunnel shows everything that has to work, whatever the program is."""

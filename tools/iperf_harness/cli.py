@@ -22,10 +22,16 @@ from tools.iperf_harness.progress import Progress, duration
 from tools.iperf_harness.results import Results, pick_baseline
 from tools.iperf_harness.runner import Plan, execute
 from tools.iperf_harness.systems import (
+    AES,
     BUFFER_BYTES,
+    CIPHERS,
+    IP_VERSIONS,
+    IPV4,
     MTU_BYTES,
     System,
+    Tunnel,
     UsageError,
+    check_overlay,
     fetch_releases,
     known_systems,
     parse_systems,
@@ -46,7 +52,7 @@ systems: {", ".join(known_systems())}, each with options: NAME:KEY=VALUE:KEY=VAL
 cases: {", ".join(CASES)}
 a command: --command 'other=/opt/other/nebula -config $config' is given Nebula's configuration, or what
   --template other=FILE makes of it. Placeholders: $config $ca $cert $key $name $folder $overlay $peer_overlay
-  $underlay $peer_underlay $port $device $mtu $workers.
+  $underlay $peer_underlay $peer_endpoint $port $device $mtu $cipher $workers.
 """
 
 
@@ -101,6 +107,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="workers or routines of each (default 1)",
     )
+    add("--cipher", choices=CIPHERS, default=AES, help=f"of every tunnel (default {AES})")
+    add("--overlay", choices=IP_VERSIONS, default=IPV4, help=f"addresses in the tunnel (default {IPV4})")
+    add("--underlay", choices=IP_VERSIONS, default=IPV4, help=f"addresses of the wire (default {IPV4})")
     add("--congestion", metavar="NAME", help="TCP's congestion control (default: the machine's)")
     add("--kernel", metavar="NAME", help="mp.kernel of every nebula-mp")
     add("--drain", metavar="MODE", help="mp.drain of every nebula-mp")
@@ -191,14 +200,17 @@ def _run(plan: Plan, results: Results) -> None:
 
 def _plan(arguments: argparse.Namespace) -> Plan:
     quick = arguments.quick
+    systems = _systems(arguments)
+    check_overlay(systems, arguments.overlay)
     return Plan(
-        systems=_systems(arguments),
+        systems=systems,
         cases=_cases(arguments.cases),
         topology=arguments.topology,
         rounds=arguments.rounds or (QUICK_ROUNDS if quick else ROUNDS),
         seconds=arguments.seconds or (QUICK_SECONDS if quick else SECONDS),
         workers=arguments.workers,
         congestion=arguments.congestion,
+        tunnel=Tunnel(cipher=arguments.cipher, overlay=arguments.overlay, underlay=arguments.underlay),
     )
 
 
@@ -253,7 +265,7 @@ def _settings(plan: Plan) -> dict[str, str]:
         "rounds": str(plan.rounds),
         "seconds": f"{plan.seconds:g}",
         "MTU": str(MTU_BYTES),
-        "cipher": "aes",
+        **plan.tunnel.facts(),
         "workers": str(plan.workers),
         "socket buffers": f"{BUFFER_BYTES >> 20} MB",
     }

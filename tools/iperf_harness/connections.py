@@ -23,7 +23,7 @@ _GRACE_S = 5.0
 
 def serve(address: str, port: int, workers: int) -> None:
     """Answer until killed."""
-    with socket.create_server((address, port), backlog=_BACKLOG) as listener:
+    with socket.create_server((address, port), family=_family(address), backlog=_BACKLOG) as listener:
         for _ in range(workers - 1):
             if os.fork() == 0:
                 break
@@ -86,10 +86,11 @@ def _connect_until(address: str, port: int, deadline: float) -> tuple["array[int
     latencies = array("q")
     failures = 0
     clock = time.perf_counter_ns
+    family = _family(address)
     end = clock() + int((deadline - time.monotonic()) * 1e9)
     while (began := clock()) < end:
         try:
-            with socket.socket() as client:
+            with socket.socket(family) as client:
                 client.connect((address, port))
                 client.send(b"x")
                 answered = client.recv(1) == b"x" and not client.recv(1)
@@ -101,6 +102,10 @@ def _connect_until(address: str, port: int, deadline: float) -> tuple["array[int
             failures += 1
             time.sleep(0.01)  # a server that refuses is not to be flooded
     return latencies, failures
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 def _read_until(pipe: int, deadline: float) -> bytes | None:

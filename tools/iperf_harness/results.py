@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tools.iperf_harness.cases import CASES, PSS, Case, Sample
-from tools.iperf_harness.systems import NONE, UsageError
+from tools.iperf_harness.systems import DEFAULT_TUNNEL, NONE, UsageError
 
 SCHEMA = 1
 
@@ -98,7 +98,10 @@ class Results:
                 raise UsageError(f"schema {data['schema']} of the results, but this program reads {SCHEMA}")
             samples = [_sample(each) for each in data["samples"]]
             return cls(
-                **{name: data[name] for name in ("machine", "settings", "versions", "baseline", "warnings")},
+                **{name: data[name] for name in ("machine", "versions", "baseline", "warnings")},
+                # Those of before these could be chosen do not say them.
+                settings=data["settings"]
+                | {n: v for n, v in DEFAULT_TUNNEL.facts().items() if n not in data["settings"]},
                 systems=tuple(data["systems"]),
                 cases=tuple(_known_case(name) for name in data["cases"]),
                 samples=samples,

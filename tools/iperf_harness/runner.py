@@ -14,7 +14,7 @@ from nebula_mp.errors import SystemCallError
 from tools.iperf_harness.bench import Bench
 from tools.iperf_harness.cases import Case, Sample, measure
 from tools.iperf_harness.progress import Progress
-from tools.iperf_harness.systems import System
+from tools.iperf_harness.systems import DEFAULT_TUNNEL, System, Tunnel
 
 _SETTLE_S = 0.2
 """Between measurements, for what a generator left in queues and in the kernel."""
@@ -31,6 +31,7 @@ class Plan:
     seconds: float
     workers: int
     congestion: str | None = None
+    tunnel: Tunnel = DEFAULT_TUNNEL
 
     @property
     def steps(self) -> int:
@@ -52,7 +53,9 @@ def execute(plan: Plan, progress: Progress, add: Callable[[Sample], None]) -> No
             benches = []
             for system in systems:
                 progress.begin(f"round {number}/{plan.rounds}, starting {system.label}")
-                bench = stack.enter_context(Bench(system, plan.topology, plan.workers, plan.congestion))
+                bench = stack.enter_context(
+                    Bench(system, plan.topology, plan.workers, plan.congestion, plan.tunnel)
+                )
                 try:
                     bench.start()
                 except SystemCallError as error:

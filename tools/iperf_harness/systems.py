@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -25,6 +26,12 @@ NONE = "none"
 OURS = "nebula-mp"
 BUFFER_BYTES = 8 << 20
 MTU_BYTES = 1300
+AES, CHACHAPOLY = "aes", "chachapoly"  # as the key `cipher` spells them
+CIPHERS = (AES, CHACHAPOLY)
+IPV4, IPV6 = "ipv4", "ipv6"
+IP_VERSIONS = (IPV4, IPV6)
+_IPV6_OVERLAY_SINCE = (1, 10)
+"""The first Nebula with certificates of version 2; those of version 1 have IPv4 addresses only."""
 _RELEASE = re.compile(r"nebula-(\d+\.\d+\.\d+)")
 _OF_MP = ("kernel", "workers", "drain", "offload")
 _START_OURS = (sys.executable, "-m", "nebula_mp", "start", "-config", "$config")
@@ -33,6 +40,25 @@ _CHECK_OURS = (sys.executable, "-m", "nebula_mp", "config", "validate", "--stric
 
 class UsageError(Exception):
     """The command line asks for what does not exist; the message is for whoever typed it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tunnel:
+    """What holds for the tunnel of every system in a run: its cipher, and the IP versions inside and outside.
+
+    The defaults are what a run had before they could be chosen.
+    """
+
+    cipher: str = AES
+    overlay: str = IPV4
+    underlay: str = IPV4
+
+    def facts(self) -> dict[str, str]:
+        """The same as a report says it."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+DEFAULT_TUNNEL = Tunnel()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,18 +75,30 @@ class Values:
     device: str
     workers: int
     mtu: int = MTU_BYTES
+    cipher: str = AES
 
     @property
     def config(self) -> Path:
         """Where the configuration is written."""
         return self.folder / f"{self.name}.yml"
 
+    @property
+    def listen(self) -> str:
+        """Every address of the underlay's IP version."""
+        return "::" if ip_address(self.underlay).version == 6 else "0.0.0.0"  # noqa: S104 - its own namespace
+
+    @property
+    def peer_endpoint(self) -> str:
+        """Where the peer listens: `192.0.2.2:4242` or `[2001:db8::2]:4242`."""
+        peer = ip_address(self.peer_underlay)
+        return f"[{peer}]:{self.port}" if peer.version == 6 else f"{peer}:{self.port}"
+
     def placeholders(self) -> dict[str, str]:
-        """Every field, and the paths of the configuration and of the credentials."""
+        """Every field, where the peer listens, and the paths of the configuration and of the credentials."""
         fields = {name: str(getattr(self, name)) for name in self.__dataclass_fields__}
         files = {"cert": f"{self.name}.crt", "key": f"{self.name}.key", "ca": "ca.crt"}
         paths = {name: str(self.folder / file) for name, file in files.items()}
-        return fields | paths | {"config": str(self.config)}
+        return fields | paths | {"config": str(self.config), "peer_endpoint": self.peer_endpoint}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +163,18 @@ def parse_systems(
     return found
 
 
+def check_overlay(systems: Sequence[System], overlay: str) -> None:
+    """UsageError naming the first release that has no overlay of that IP version; a command has to know."""
+    for system in systems:
+        release = _RELEASE.match(system.label)
+        if overlay == IPV6 and release and _numbers(release[1])[:2] < _IPV6_OVERLAY_SINCE:
+            since = ".".join(map(str, _IPV6_OVERLAY_SINCE))
+            raise UsageError(
+                f"{system.label} has no IPv6 overlay, which needs certificates of version 2: Nebula {since}; "
+                f"leave it out of --systems, or take --overlay {IPV4}"
+            )
+
+
 def known_systems() -> tuple[str, ...]:
     """The names that need no --command."""
     return NONE, OURS, *(f"nebula-{release}" for release in RELEASES)
@@ -186,6 +236,10 @@ def _long(settings: Mapping[str, object]) -> dict[str, object]:
     return {f"mp.{key}" if key.partition(".")[0] in _OF_MP else key: value for key, value in settings.items()}
 
 
+def _numbers(release: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in release.split("."))
+
+
 def _scalar(text: str) -> object:
     """Numbers, true and false as such; anything else is text."""
     try:
@@ -209,10 +263,10 @@ def _nebula_settings(values: Values) -> dict[str, Any]:
     paths = values.placeholders()
     return {
         "pki": {name: paths[name] for name in ("ca", "cert", "key")},
-        "static_host_map": {values.peer_overlay: [f"{values.peer_underlay}:{values.port}"]},
-        "cipher": "aes",
+        "static_host_map": {values.peer_overlay: [values.peer_endpoint]},
+        "cipher": values.cipher,
         "listen": {
-            "host": "0.0.0.0",  # noqa: S104 - inside its own namespace
+            "host": values.listen,
             "port": values.port,
             "read_buffer": BUFFER_BYTES,
             "write_buffer": BUFFER_BYTES,
