@@ -76,6 +76,8 @@ NAMES = (
     "mp.drain.switches",
     "mp.upcalls",
     "mp.upcalls.limited",
+    "mp.flows.admitted",  # by readers themselves
+    "mp.flows.evicted",
     "mp.strangers",
     "mp.counter.span",
     "mp.counter.busy",

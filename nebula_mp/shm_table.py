@@ -14,8 +14,8 @@ Which process maps which region (w: also writes; the supervisor makes them all a
 | tunnels    | w       | reads                 | reads    | a row for each tunnel: all but its keys        |
 | keys       | w       | reads                 | -        | the keys of that row                           |
 | peers      | w       | reads                 | -        | current tunnel of a peer                       |
-| flows      | w       | reads                 | -        | verdicts by inner addresses and ports          |
-| seen       | w       | w                     | -        | when each flow last had a packet               |
+| flows[i]   | reads   | w: its own; reads all | -        | verdicts by inner addresses and ports          |
+| seen[i]    | w       | w                     | -        | when each flow of flows[i] last had a packet   |
 | send       | w       | w                     | -        | send counter of each tunnel                    |
 | windows    | -       | w: tunnels it owns    | -        | replay window of each tunnel                   |
 | spans[i]   | reads   | w: its own; reads all | -        | what worker i sealed that is not yet sent      |
@@ -23,8 +23,8 @@ Which process maps which region (w: also writes; the supervisor makes them all a
 | journal    | w       | -                     | -        | what control's successor must know of a tunnel |
 
 The keys have a region of their own so that a writer, which takes the underlay address of a batch from the
-tunnel's row when it sends, can map the rows and still hold no key. `traffic` has one more region than there
-are workers: the last is control's, which seals its own messages.
+tunnel's row when it sends, can map the rows and still hold no key. `traffic`, `flows` and `seen` have one
+more region than there are workers: the last is control's, which seals its own messages and decides on flows.
 
 Every region is the header of `shm`, further words of the whole table up to the end of the first page, and
 then its rows. All numbers are little-endian, addresses in network order. Only pages in use cost memory.
@@ -59,7 +59,7 @@ ROWS_AT_WORD: Final = PAGE_BYTES // 8
 TUNNELS: Final = Layout("tunnels", b"nmp:tunl", 1)
 KEYS: Final = Layout("tunnel keys", b"nmp:keys", 1)
 PEERS: Final = Layout("peers", b"nmp:peer", 1)
-FLOWS: Final = Layout("flows", b"nmp:flow", 1)
+FLOWS: Final = Layout("flows", b"nmp:flow", 2)
 SEEN: Final = Layout("flows last seen", b"nmp:seen", 1)
 SEND: Final = Layout("send counters", b"nmp:send", 1)
 WINDOWS: Final = Layout("replay windows", b"nmp:wind", 1)
@@ -185,18 +185,22 @@ FLOW_ROW: Final = _row(
     ("local_port", 2),
     ("remote_port", 2),
     ("protocol", 1),
-    ("kind", 1),  # bit 0: a fragment other than the first; bit 1: IPv6
+    ("kind", 1),  # bit 0: a fragment other than the first; bit 1: IPv6; bit 2: a pair, without ports
     ("spare", 2),
     ("peer", 8),  # PeerRef, or 0
     ("timeout_ms", 4),
-    ("verdicts", 4),  # bits 0-1 outbound, 2-3 inbound: 0 not known, 1 allow, 2 refuse
+    # Bits 0-1 outbound, 2-3 inbound: 0 not known, 1 allow, 2 refuse. Bits 4-5: which way the packet went
+    # that a rule allowed, 0 not said, 1 outbound, 2 inbound.
+    ("verdicts", 4),
 )
 SEEN_ROW: Final = _row(8, ("seen_ms", 8))  # slot = bucket * 7 + row; monotonic clock
 
 # Words of whole tables, by their index among the region's u64.
-RULES_GENERATION: Final = HEADER_WORDS  # flows; control stores it
-SEEDS: Final = HEADER_WORDS + 1  # flows; 6 words, the supervisor stores them once
+RULES_GENERATION: Final = HEADER_WORDS  # control's flows; control stores it
+SEEDS: Final = HEADER_WORDS + 1  # all flows, the same; 6 words, the supervisor stores them once
 SEED_COUNT: Final = 6
+TIMEOUTS: Final = SEEDS + SEED_COUNT  # control's flows; ms: TCP, UDP, all else; control stores them
+TIMEOUT_COUNT: Final = 3
 LIVE: Final = HEADER_WORDS  # span; the supervisor stores 1 when it starts the worker, 0 when it gives it up
 TOUCHED: Final = HEADER_WORDS + 1  # span; its worker: no row from this one on was ever written
 
@@ -208,8 +212,8 @@ class Tables:
     tunnels: Region
     keys: Region
     peers: Region
-    flows: Region
-    seen: Region
+    flows: tuple[Region, ...]  # one for each worker, and control's
+    seen: tuple[Region, ...]  # as flows
     send: Region
     windows: Region
     spans: tuple[Region, ...]  # one for each worker
@@ -238,8 +242,11 @@ class Tables:
                 tunnels=region(TUNNELS, TUNNEL_ROW.size, rows),
                 keys=region(KEYS, KEY_ROW.size, rows),
                 peers=region(PEERS, PEER_ROW.size, rows),
-                flows=region(FLOWS, BUCKET.size, buckets),
-                seen=region(SEEN, SEEN_ROW.size, buckets * BUCKET_ROWS),
+                flows=tuple(region(FLOWS, BUCKET.size, buckets, str(each)) for each in range(workers + 1)),
+                seen=tuple(
+                    region(SEEN, SEEN_ROW.size, buckets * BUCKET_ROWS, str(each))
+                    for each in range(workers + 1)
+                ),
                 send=region(SEND, SEND_ROW.size, rows),
                 windows=region(WINDOWS, WINDOW_ROW.size, rows),
                 spans=tuple(region(SPAN, SPAN_ROW.size, rows, str(each)) for each in range(workers)),
@@ -256,7 +263,8 @@ class Tables:
         seeds = entropy(8 * SEED_COUNT)
         for number in range(SEED_COUNT):
             seed = int.from_bytes(seeds[8 * number : 8 * number + 8], "little")
-            tables.flows.store_word(SEEDS + number, seed)
+            for flows in tables.flows:
+                flows.store_word(SEEDS + number, seed)
         for worker in range(workers):
             tables.set_live(worker, live=True)
         return tables
@@ -267,7 +275,9 @@ class Tables:
 
     def regions(self) -> Iterator[Region]:
         """Every region there is."""
-        yield from (self.tunnels, self.keys, self.peers, self.flows, self.seen, self.send, self.windows)
+        yield from (self.tunnels, self.keys, self.peers, self.send, self.windows)
+        yield from self.flows
+        yield from self.seen
         yield from self.spans
         yield from self.traffic
         yield self.journal

@@ -46,11 +46,11 @@ def tables() -> Iterator[Tables]:
 
 
 def table_of(tables: Tables) -> FlowTable:
-    return FlowTable(writable(tables.flows, FLOWS), writable(tables.seen, SEEN))
+    return FlowTable(writable(tables.flows[-1], FLOWS), writable(tables.seen[-1], SEEN))
 
 
 def view_of(tables: Tables, remembered_max: int = 16_384) -> FlowView:
-    return FlowView(read_only(tables.flows, FLOWS), writable(tables.seen, SEEN), remembered_max)
+    return FlowView(read_only(tables.flows[-1], FLOWS), writable(tables.seen[-1], SEEN), remembered_max)
 
 
 def sides(tables: Tables) -> tuple[FlowTable, FlowView]:
@@ -703,7 +703,7 @@ def test_control_killed_at_any_store_leaves_a_miss_that_its_successor_writes_ove
 
         assert looks(view)[:2] == looks(view_of(tables))[:2] == (PEER, OTHER)
         assert successor.evicted <= 2
-        halves = read_only(tables.flows, FLOWS).data.cast("I")
+        halves = read_only(tables.flows[-1], FLOWS).data.cast("I")
         assert [halves[(4096 + 64 + 64 * row) // 4] % 2 for row in range(7)] == [0] * 7
         tables.close()
         at += 1
@@ -765,8 +765,8 @@ def test_a_table_whose_number_of_buckets_is_no_power_of_two_is_a_contradiction()
     tables, other = small(), small(buckets=32)
     try:
         with pytest.raises(RingError, match="number of rows is 224, expected 448"):
-            FlowView(read_only(tables.flows, FLOWS), writable(other.seen, SEEN))
-        tables.flows.store_word(4, 63)
+            FlowView(read_only(tables.flows[-1], FLOWS), writable(other.seen[-1], SEEN))
+        tables.flows[-1].store_word(4, 63)
         with pytest.raises(RingError, match="number of rows is 63"):
             table_of(tables)
     finally:

@@ -78,7 +78,7 @@ def all_memory(tables: Tables) -> bytes:
     return b"".join(
         bytes(read_only(region, region.layout).data)
         for region in tables.regions()
-        if region is not tables.flows
+        if region not in tables.flows
     )
 
 

@@ -19,7 +19,7 @@ from nebula_mp.control.core import HINT_INTERVAL, Core, TimerKind
 from nebula_mp.control.handshakes import Established, Handshakes
 from nebula_mp.control.hostmap import HostMap, Tunnel
 from nebula_mp.control.liveness import Traffic
-from nebula_mp.control.plane import DataPlane, Opened, Saved
+from nebula_mp.control.plane import DataPlane, Grant, Opened, Saved
 from nebula_mp.control.remotes import Remotes
 from nebula_mp.control.upkeep import Upkeep, order, who
 from nebula_mp.errors import TruncatedError, WireError
@@ -99,7 +99,9 @@ class Controller:
             identity=identity,
             pool=pool,
             entropy=entropy,
-            firewall=Firewall(config.firewall, identity.newest, last_seen=plane.last_seen),
+            firewall=Firewall(
+                config.firewall, identity.newest, last_seen=plane.last_seen, origin=plane.origin
+            ),
             plane=plane,
             hostmap=HostMap(entropy, plane),
             remotes=Remotes(identity.networks),
@@ -247,7 +249,7 @@ class Controller:
         verdict = core.firewall.check(Direction.INBOUND, flow, tunnel.networks, now.mono)
         if verdict is Verdict.ALLOW:
             core.outbox.tun(packet, core.plane.queue_for(tunnel))
-            core.plane.allow(flow, tunnel, core.firewall.conntrack.timeout(flow), now.mono)
+            core.plane.allow(flow, tunnel, self._grant(flow), now.mono)
         else:
             core.outbox.drop(f"firewall.incoming.{verdict.value}", source, now)
             core.plane.refuse(flow, tunnel, Direction.INBOUND, now.mono)
@@ -362,11 +364,15 @@ class Controller:
         core = self._core
         verdict = core.firewall.check(Direction.OUTBOUND, flow, tunnel.networks, now.mono)
         if verdict is Verdict.ALLOW:
-            core.plane.allow(flow, tunnel, core.firewall.conntrack.timeout(flow), now.mono)
+            core.plane.allow(flow, tunnel, self._grant(flow), now.mono)
             return core.send(tunnel, MessageType.MESSAGE, MESSAGE_IP, packet)
         core.outbox.drop(f"firewall.outgoing.{verdict.value}", None, now)
         core.plane.refuse(flow, tunnel, Direction.OUTBOUND, now.mono)
         return False
+
+    def _grant(self, flow: FlowKey) -> Grant:
+        firewall = self._core.firewall
+        return Grant(firewall.direction(flow), firewall.between(flow), self._core.config.firewall.conntrack)
 
     def _flush(self, established: Established, now: Instant) -> None:
         """Send what waited for a tunnel; each packet was parsed when it was queued."""

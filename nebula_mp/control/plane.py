@@ -10,6 +10,7 @@ Source: docs/architecture.md, "Shared memory".
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from nebula_mp.config.model import ConntrackConfig
 from nebula_mp.firewall.conntrack import Direction
 from nebula_mp.handshake.machine import Completed
 from nebula_mp.newtypes import Counter, IPAddress, Seconds, UdpAddr
@@ -35,6 +36,16 @@ class Passed(NamedTuple):
     received: int  # authentic messages
     last_in: Seconds  # when the latest of them came; -inf for none
     sent: int  # messages sealed
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What the firewall says of a flow that it allows."""
+
+    direction: Direction  # of the packet that a rule allowed
+    between: frozenset[Direction]
+    """Any flow between the same two addresses that begins in one of these directions is allowed as well."""
+    timeouts: ConntrackConfig  # for the flow, and for those others
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +90,21 @@ class DataPlane(Protocol):
     def queue_for(self, tunnel: "Tunnel") -> int:
         """The TUN queue that packets from this tunnel are written to."""
 
-    def allow(self, flow: FlowKey, tunnel: "Tunnel", timeout: Seconds, now: Seconds) -> None:
-        """Let a flow pass both ways without asking again, until it rests for `timeout`.
+    def allow(self, flow: FlowKey, tunnel: "Tunnel", grant: Grant, now: Seconds) -> None:
+        """Let a flow pass both ways without asking again, until it rests for its timeout.
 
-        It takes effect when the packet in hand has been performed, so that no later one overtakes it.
+        And let the data path admit what else is granted, for a while: then it asks again. It takes effect
+        when the packet in hand has been performed, so that no later one overtakes it.
         """
 
     def refuse(self, flow: FlowKey, tunnel: "Tunnel | None", direction: Direction, now: Seconds) -> None:
         """Drop this flow's packets of one direction for a second without asking."""
+
+    def origin(self, flow: FlowKey, now: Seconds) -> Direction | None:
+        """The direction in which a flow began that the data path admitted itself, and that has not expired.
+
+        By whatever rules: those of today may not allow it. None if it did not admit such a flow.
+        """
 
     def last_seen(self, flow: FlowKey) -> Seconds | None:
         """When the data path last passed a packet of this flow; None if it does not know it."""

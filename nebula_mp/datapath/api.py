@@ -256,8 +256,8 @@ class ReaderMemory:
     tunnels: int  # read-only
     keys: int  # read-only
     peers: int  # read-only
-    flows: int  # read-only
-    seen: int  # writable
+    flows: tuple[int, ...]  # of all workers, and control's; only its own is writable
+    seen: tuple[int, ...]  # as flows; writable
     send: int  # writable
     windows: int  # writable
     spans: tuple[int, ...]  # of all workers; only its own is writable

@@ -32,7 +32,7 @@ from nebula_mp.datapath.sealing import Ciphers
 from nebula_mp.datapath.virtio import HEADER_BYTES as VIRTIO_BYTES
 from nebula_mp.datapath.virtio import PLAIN, GsoType
 from nebula_mp.errors import WireError
-from nebula_mp.shm_flows import FlowView
+from nebula_mp.shm_admission import Admission
 from nebula_mp.shm_tunnels import TunnelRow
 from nebula_mp.wire.header import HEADER_BYTES
 from nebula_mp.wire.ip import parse_flow
@@ -102,7 +102,7 @@ class Delivery:
     """The inbound half behind the seal: a filler of the open ring, and what the tables say."""
 
     def __init__(
-        self, filler: Filler, *, flows: FlowView, upcalls: Upcalls, drops: Drops, offloads: Offloads
+        self, filler: Filler, *, flows: Admission, upcalls: Upcalls, drops: Drops, offloads: Offloads
     ) -> None:
         self.kinds: Final = _kinds(offloads)
         """Superpackets that may be made."""

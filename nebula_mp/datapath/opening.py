@@ -33,8 +33,8 @@ from nebula_mp.datapath.sealing import Ciphers
 from nebula_mp.datapath.sockaddr import Sources
 from nebula_mp.errors import AuthError, ReplayError
 from nebula_mp.newtypes import IPNetwork, Seconds, UdpAddr
+from nebula_mp.shm_admission import Admission
 from nebula_mp.shm_counters import ReceiveWindows, Traffic
-from nebula_mp.shm_flows import FlowView
 from nebula_mp.shm_ring import Consumer
 from nebula_mp.shm_stats import SLOTS, StatsPage
 from nebula_mp.shm_tunnels import TunnelRow, TunnelState, TunnelView
@@ -72,7 +72,7 @@ class PythonOpener:
         worker: int,
         filler: Filler,
         tunnels: TunnelView[Ciphers],
-        flows: FlowView,
+        flows: Admission,
         windows: ReceiveWindows,
         traffic: Traffic,
         upcalls: Upcalls,

@@ -20,8 +20,9 @@ from nebula_mp.datapath.opening import PythonOpener
 from nebula_mp.datapath.sealing import Ciphers, PythonSealer
 from nebula_mp.newtypes import Buffer, IPNetwork, Seconds
 from nebula_mp.shm import Layout, LockFile, Mapping
+from nebula_mp.shm_admission import Admission
 from nebula_mp.shm_counters import ReceiveWindows, SendCounters, Traffic
-from nebula_mp.shm_flows import FlowView
+from nebula_mp.shm_flows import FlowTable, FlowView
 from nebula_mp.shm_peers import PeerView
 from nebula_mp.shm_ring import DATA, HEAD, STATE, Bell, Consumer, DrainLease, Producer, Recovery
 from nebula_mp.shm_stats import StatsPage
@@ -50,7 +51,8 @@ class PythonReader:
         keys = _attach(memory.keys, KEYS)
         keys.protect()
         self._tunnels = TunnelView(_attach(memory.tunnels, TUNNELS), keys, Ciphers.build, clock)
-        flows = FlowView(_attach(memory.flows, FLOWS), _attach(memory.seen, SEEN))
+        peers = PeerView(_attach(memory.peers, PEERS))
+        flows = _admission(memory, peers, stats)
         traffic = Traffic(_attach(memory.traffic, TRAFFIC))
         seal_data = _attach(memory.seal_ring.data, DATA, "seal")
         seal_words = seal_data.words
@@ -75,7 +77,7 @@ class PythonReader:
             filler=Filler(seal),
             area=lambda: seal_words[HEAD],
             tunnels=self._tunnels,
-            peers=PeerView(_attach(memory.peers, PEERS)),
+            peers=peers,
             flows=flows,
             counters=counters,
             traffic=traffic,
@@ -185,6 +187,20 @@ def _attach(descriptor: int, layout: Layout, name: str = "") -> Mapping:
     """Map with the rights that the descriptor gives; what needs more than that refuses it."""
     access = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
     return Mapping(descriptor, layout, writable=access == os.O_RDWR, name=name)
+
+
+def _admission(memory: ReaderMemory, peers: PeerView, stats: StatsPage) -> Admission:
+    own, control = memory.worker, len(memory.flows) - 1
+    flows = [_attach(each, FLOWS, str(number)) for number, each in enumerate(memory.flows)]
+    seen = [_attach(each, SEEN, str(number)) for number, each in enumerate(memory.seen)]
+    rules = flows[control]
+    order = (own, control, *(each for each in range(control) if each != own))
+    return Admission(
+        FlowTable(flows[own], seen[own], rules=rules),
+        [FlowView(flows[each], seen[each], rules=rules) for each in order],
+        peers,
+        stats,
+    )
 
 
 def _consume(end: RingEnd, recovery: Recovery) -> Consumer:

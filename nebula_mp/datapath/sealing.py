@@ -27,8 +27,9 @@ from nebula_mp.datapath.virtio import HEADER_BYTES as VIRTIO_BYTES
 from nebula_mp.datapath.virtio import PACKET_BYTES_MAX, PLAIN, GsoType, OffloadError, VirtioHeader
 from nebula_mp.errors import WireError
 from nebula_mp.newtypes import Buffer, Cipher, Seconds
+from nebula_mp.shm_admission import Admission
 from nebula_mp.shm_counters import Refusal, SendCounters, Traffic
-from nebula_mp.shm_flows import REFUSED, FlowView
+from nebula_mp.shm_flows import REFUSED
 from nebula_mp.shm_peers import PeerView
 from nebula_mp.shm_stats import SLOTS, StatsPage
 from nebula_mp.shm_table import PeerRef
@@ -77,7 +78,7 @@ class PythonSealer:
         area: Callable[[], int],
         tunnels: TunnelView[Ciphers],
         peers: PeerView,
-        flows: FlowView,
+        flows: Admission,
         counters: SendCounters,
         traffic: Traffic,
         upcalls: Upcalls,

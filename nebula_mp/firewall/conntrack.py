@@ -118,6 +118,10 @@ class Conntrack:
         if flow is not None:
             flow.seen = max(flow.seen, seen)
 
+    def direction(self, key: FlowKey) -> Direction:
+        """Which way the packet went that a rule allowed, of a flow that is there."""
+        return self._table(key)[key].direction
+
     def timeout(self, key: FlowKey) -> Seconds:
         """How long a flow of this kind may rest."""
         if key.protocol == TCP:

@@ -115,8 +115,14 @@ class Firewall:
         *,
         capacity: int = CAPACITY,
         last_seen: Callable[[FlowKey], Seconds | None] = lambda _: None,
+        origin: Callable[[FlowKey, Seconds], Direction | None] = lambda _flow, _now: None,
     ) -> None:
-        """`last_seen`: as for Conntrack."""
+        """`last_seen`: as for Conntrack.
+
+        `origin` gives the direction in which a flow began that passed by what `between` said, and that has
+        not expired; None if there is none.
+        """
+        self._origin = origin
         self.conntrack = Conntrack(config.conntrack, capacity, last_seen)
         self.rules_version = 0
         """u16, changes with the rules: a flow that older rules allowed is asked again."""
@@ -150,10 +156,23 @@ class Firewall:
                 known.rules_version = self.rules_version
                 return Verdict.ALLOW
             self.conntrack.remove(flow)
+        elif (began := self._origin(flow, now)) is not None and self._rules[began].match(flow):
+            direction = began
         if not self._rules[direction].match(flow):
             return Verdict.DROP_NO_RULE
         self.conntrack.add(flow, direction, self.rules_version, now)
         return Verdict.ALLOW
+
+    def between(self, flow: FlowKey) -> frozenset[Direction]:
+        """The directions in which any flow between the two addresses of an allowed one may begin.
+
+        No rule looks at more than the local address so far, so that all are alike.
+        """
+        return frozenset(direction for direction, rules in self._rules.items() if rules.match(flow))
+
+    def direction(self, flow: FlowKey) -> Direction:
+        """Which way the packet went that a rule allowed, of a flow that `check` has just allowed."""
+        return self.conntrack.direction(flow)
 
     def _load(self, config: FirewallConfig, own: Certificate) -> None:
         self._config = config

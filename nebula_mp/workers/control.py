@@ -1,4 +1,4 @@
-"""The control process: handshakes, liveness and the first packet of each flow, around control.controller.
+"""The control process: handshakes, liveness and flows that readers may not admit, around control.controller.
 
 Data flow: its UDP socket | upcall rings | timer | supervisor | services -> [workers.control] -> Controller
            Controller's actions -> [workers.control] -> UDP socket | TUN queues | log

@@ -13,7 +13,7 @@ import errno
 import fcntl
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Final
 
@@ -184,16 +184,15 @@ class Memory:
 
     def _table_descriptors(self) -> TableFds:
         tables = self.tables
-        *others, own = tables.traffic
         return TableFds(
             tunnels=tables.tunnels.descriptor,
             keys=tables.keys.descriptor,
             peers=tables.peers.descriptor,
-            flows=tables.flows.descriptor,
-            seen=tables.seen.descriptor,
+            flows=_own_writable(tables.flows, len(tables.flows) - 1),
+            seen=tuple(each.descriptor for each in tables.seen),
             send=tables.send.descriptor,
             spans=tuple(span.read_only for span in tables.spans),
-            traffic=(*(each.read_only for each in others), own.descriptor),
+            traffic=_own_writable(tables.traffic, len(tables.traffic) - 1),
             journal=tables.journal.descriptor,
             locks=tables.locks.descriptor,
             seal_states=self._seal_states(),
@@ -254,14 +253,11 @@ class Memory:
             tunnels=tables.tunnels.read_only,
             keys=tables.keys.read_only,
             peers=tables.peers.read_only,
-            flows=tables.flows.read_only,
-            seen=tables.seen.descriptor,
+            flows=_own_writable(tables.flows, number),
+            seen=tuple(each.descriptor for each in tables.seen),
             send=tables.send.descriptor,
             windows=tables.windows.descriptor,
-            spans=tuple(
-                span.descriptor if each == number else span.read_only
-                for each, span in enumerate(tables.spans)
-            ),
+            spans=_own_writable(tables.spans, number),
             traffic=tables.traffic[number].descriptor,
             locks=tables.locks.descriptor,
             seal_ring=_to_fill(self._seal[number]),
@@ -376,6 +372,13 @@ class Memory:
         output = logs.Output(OUTPUT)
         for line in left.splitlines(keepends=True):
             output.write(line, clock.monotonic())
+
+
+def _own_writable(regions: Sequence[Region], own: int) -> tuple[int, ...]:
+    """Descriptors of regions of which one is the process's own."""
+    return tuple(
+        region.descriptor if number == own else region.read_only for number, region in enumerate(regions)
+    )
 
 
 def _to_fill(ring: RingMemory) -> RingFds:

@@ -116,8 +116,8 @@ class TableFds:
     tunnels: Fd
     keys: Fd
     peers: Fd
-    flows: Fd
-    seen: Fd
+    flows: tuple[Fd, ...]  # read-only but for the last, control's own
+    seen: tuple[Fd, ...]
     send: Fd
     spans: tuple[Fd, ...]  # read-only
     traffic: tuple[Fd, ...]  # read-only but for the last, control's own

@@ -22,6 +22,7 @@ not know which one counts); to free a peer's row before its last tunnel's (its f
 """
 
 import collections
+import functools
 import math
 import select
 from collections.abc import Callable, Sequence
@@ -31,8 +32,9 @@ from typing import Final
 from nebula_mp.cert.identity import Identity
 from nebula_mp.cert.model import Certificate
 from nebula_mp.cert.pool import CaPool, VerifiedCertificate
+from nebula_mp.config.model import ConntrackConfig
 from nebula_mp.control.hostmap import Tunnel
-from nebula_mp.control.plane import Passed, Saved
+from nebula_mp.control.plane import Grant, Passed, Saved
 from nebula_mp.crypto.aead import Aead
 from nebula_mp.errors import CertError
 from nebula_mp.firewall.conntrack import Direction
@@ -40,7 +42,7 @@ from nebula_mp.handshake.machine import Completed, SessionKeys
 from nebula_mp.newtypes import Counter, Curve, Fingerprint, IPAddress, Seconds, TunnelIndex, UdpAddr
 from nebula_mp.shm import Mapping
 from nebula_mp.shm_counters import Refusal, SendCounters, Traffic, TrafficTotals
-from nebula_mp.shm_flows import REFUSED, FlowTable
+from nebula_mp.shm_flows import REFUSED, AddressPair, Displaced, FlowTable, FlowView, Pair
 from nebula_mp.shm_peers import PeerTable, PeerView
 from nebula_mp.shm_table import (
     FLOWS,
@@ -56,7 +58,7 @@ from nebula_mp.shm_table import (
 )
 from nebula_mp.shm_tunnels import SOURCES_MAX, TunnelFields, TunnelState, TunnelTable
 from nebula_mp.wire.header import STAGE_2_COUNTER
-from nebula_mp.wire.ip import FlowKey
+from nebula_mp.wire.ip import TCP, UDP, FlowKey
 from nebula_mp.workers.journal import Journal, Record, SavedCertificate
 from nebula_mp.workers.parts import TableFds
 from nebula_mp.workers.shares import Shares
@@ -68,6 +70,11 @@ not with every message: the next ones have one try."""
 _STOPPED: Final = Seconds(3)  # by then the supervisor has killed it
 _NAP: Final = 0.0005  # s; it may need our core
 _COUNTER_TRIES: Final = 100  # with a nap after each
+
+PAIR_LIFE_MS: Final = 30_000
+"""For so long readers rely on what control said of a pair of addresses; then the next new flow asks again."""
+_PAIRS_MAX: Final = 4096  # of one peer, to remember when readers were told
+_PROTOCOLS: Final = {TCP: 0, UDP: 1}  # whose timeout
 
 _NEVER: Final = Seconds(float("-inf"))
 _NOTHING_PASSED: Final = Passed(0, _NEVER, 0)
@@ -94,6 +101,14 @@ class _Open:
     remote: UdpAddr
     is_noted: bool  # in the journal, or too long for it
     busy_at: Seconds = _NEVER  # when a wait for its counter was last in vain
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What readers know of a pair of addresses."""
+
+    between: frozenset[Direction]
+    again_ms: int  # when they are told again, if a flow comes up
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +161,10 @@ class ShmPlane:
         ]
         self._counters = counters
         self._tunnels = TunnelTable(Mapping(tables.tunnels, TUNNELS, writable=True), keys, self._counters)
-        flows = Mapping(tables.flows, FLOWS, writable=True)
-        self._flows = FlowTable(flows, Mapping(tables.seen, SEEN, writable=True))
+        flows = [Mapping(each, FLOWS, writable=n == last, name=str(n)) for n, each in enumerate(tables.flows)]
+        seen = [Mapping(each, SEEN, writable=True, name=str(n)) for n, each in enumerate(tables.seen)]
+        self._flows = FlowTable(flows[last], seen[last])
+        self._admitted = [FlowView(flows[n], seen[n], rules=flows[last]) for n in range(last)]
         self._journal = Journal(Mapping(tables.journal, JOURNAL, writable=True))
         self._routes = PeerView(self._peers_memory)
         self._sent = Traffic(traffic[last])
@@ -159,8 +176,11 @@ class ShmPlane:
         self._peers: dict[Addresses, _Peer] = {}
         self._peers_by_first: dict[IPAddress, list[_Peer]] = {}
         self._order = 0
-        # Flow, peer, and for how long it is allowed; or which direction is refused.
-        self._unsettled: list[tuple[FlowKey, PeerRef, int | Direction]] = []
+        # Flow, peer, and what is granted; or which direction is refused.
+        self._unsettled: list[tuple[FlowKey, PeerRef, Grant | Direction]] = []
+        # What readers were told of pairs of addresses, by peer: until when it holds.
+        self._pairs: dict[PeerRef, dict[AddressPair, _Told]] = {}
+        self._timeouts: ConntrackConfig | None = None  # that readers were told
 
     # ---- shares ----
 
@@ -296,11 +316,11 @@ class ShmPlane:
 
     # ---- flows ----
 
-    def allow(self, flow: FlowKey, tunnel: Tunnel, timeout: Seconds, now: Seconds) -> None:  # noqa: ARG002
+    def allow(self, flow: FlowKey, tunnel: Tunnel, grant: Grant, now: Seconds) -> None:  # noqa: ARG002
         """As `DataPlane.allow`, but for `settle`: until then the flow's packets go to control."""
         known = self._open.get(tunnel.local_index)
         if known is not None:
-            self._unsettled.append((flow, known.peer.ref, math.ceil(timeout * 1000)))
+            self._unsettled.append((flow, known.peer.ref, grant))
 
     def refuse(
         self,
@@ -327,21 +347,61 @@ class ShmPlane:
         for flow, ref, verdict in unsettled:
             if isinstance(verdict, Direction):
                 inbound = verdict is Direction.INBOUND
-                gone = self._flows.refuse(flow, ref, now_ms, inbound=inbound)
+                gone = [self._flows.refuse(flow, ref, now_ms, inbound=inbound)]
             else:
-                gone = self._flows.allow(flow, ref, verdict, now_ms)
-            if gone is not None:
-                displaced.append((gone.key, Seconds(gone.seen_ms / 1000)))
+                inbound = verdict.direction is Direction.INBOUND
+                timeout_ms = _timeouts_ms(verdict.timeouts)[_PROTOCOLS.get(flow.protocol, 2)]
+                gone = [
+                    self._flows.allow(flow, ref, timeout_ms, now_ms, inbound=inbound),
+                    self._tell_of_pair((flow.local, flow.remote), ref, verdict, now_ms),
+                ]
+            displaced += [(each.key, Seconds(each.seen_ms / 1000)) for each in gone if each is not None]
         return displaced
 
+    def _tell_of_pair(self, pair: AddressPair, ref: PeerRef, grant: Grant, now_ms: int) -> Displaced | None:
+        """Let readers admit what else is granted, unless they were told so just now."""
+        if not grant.between:
+            return None
+        told = self._pairs.setdefault(ref, {})
+        last = told.get(pair)
+        if last is not None and last.between == grant.between and now_ms < last.again_ms:
+            return None
+        if len(told) >= _PAIRS_MAX:
+            told.clear()  # they go on holding, and are told once more
+        told[pair] = _Told(grant.between, now_ms + PAIR_LIFE_MS // 2)
+        if grant.timeouts != self._timeouts:
+            self._flows.set_timeouts(*_timeouts_ms(grant.timeouts))
+            self._timeouts = grant.timeouts
+        granted = Pair(
+            ref,
+            outbound=Direction.OUTBOUND in grant.between,
+            inbound=Direction.INBOUND in grant.between,
+            rules_generation=self._flows.rules_generation,
+        )
+        return self._flows.allow_pair(*pair, granted, PAIR_LIFE_MS, now_ms)
+
+    def _forget_pairs(self, ref: PeerRef) -> None:
+        """Have readers ask again about new flows of a peer; those that they admitted go on."""
+        for pair in self._pairs.pop(ref, ()):
+            self._flows.remove_pair(*pair, ref)
+
+    def origin(self, flow: FlowKey, now: Seconds) -> Direction | None:
+        """As `DataPlane.origin`."""
+        for view in self._admitted:
+            inbound = view.origin(flow, _ms(now))
+            if inbound is not None:
+                return Direction.INBOUND if inbound else Direction.OUTBOUND
+        return None
+
     def last_seen(self, flow: FlowKey) -> Seconds | None:
-        """As `DataPlane.last_seen`."""
+        """As `DataPlane.last_seen`, of the flows that control itself allowed."""
         seen_ms = self._flows.seen_ms(flow)
         return None if seen_ms is None else Seconds(seen_ms / 1000)
 
     def forget_flows(self) -> None:
         """As `DataPlane.forget_flows`; what was not settled yet is forgotten too."""
         self._unsettled.clear()
+        self._pairs.clear()
         self._flows.set_rules_generation(self._flows.rules_generation + 1)
 
     # ---- after a predecessor ----
@@ -482,6 +542,8 @@ class ShmPlane:
         """Bring the journal up to date; of candidates nothing is noted."""
         if not tunnel.proven:
             return
+        if not known.is_noted:
+            self._forget_pairs(known.peer.ref)  # its certificate may be another one, with other networks
         row = _row(tunnel.local_index)
         if known.is_noted:
             if tunnel.remote != known.remote:
@@ -509,6 +571,7 @@ class ShmPlane:
         peer.tunnels -= 1
         if peer.tunnels:
             return
+        self._forget_pairs(peer.ref)
         self._table.remove(peer.ref)
         del self._peers[peer.addresses]
         of_first = self._peers_by_first[peer.addresses[0]]
@@ -547,6 +610,12 @@ class _Certificates:
             self._pool.recheck(peer, certificate.not_before)
             self._trusted[saved] = peer
         return peer
+
+
+@functools.lru_cache(maxsize=8)
+def _timeouts_ms(timeouts: ConntrackConfig) -> tuple[int, int, int]:
+    tcp, udp, other = timeouts.tcp_timeout, timeouts.udp_timeout, timeouts.default_timeout
+    return math.ceil(tcp * 1000), math.ceil(udp * 1000), math.ceil(other * 1000)
 
 
 def _row(index: TunnelIndex) -> int:

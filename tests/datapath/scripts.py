@@ -18,6 +18,7 @@ from nebula_mp.crypto.replay import WIDTH
 from nebula_mp.datapath.api import Kernel, UpcallLimits, UpcallReason
 from nebula_mp.newtypes import Cipher, Seconds, TunnelIndex, UdpAddr
 from nebula_mp.shm import PAGE_BYTES
+from nebula_mp.shm_flows import Pair
 from nebula_mp.shm_table import PeerRef
 from nebula_mp.shm_tunnels import TunnelState
 from nebula_mp.wire.header import COUNTER_LIMIT, SUBTYPES, MessageType
@@ -126,6 +127,7 @@ class Outcome(NamedTuple):
     traffic: bytes
     send: bytes
     seen: bytes
+    flows: bytes
 
 
 class Host:
@@ -194,6 +196,14 @@ class Host:
                     else:
                         site.flows.allow(flow, peer, 60_000, self.now_ms)
 
+    def tell_of_pairs(self, number: int, directions: int, life_ms: int) -> None:
+        """Let readers admit what begins in these directions (bits) between all addresses, with one of the peers."""
+        peer = (self.site.peer, self.other, self.lone)[number]
+        self.site.flows.set_timeouts(60_000, 7000, 1000)
+        pair = Pair(peer, bool(directions & 1), bool(directions & 2), self.rules)
+        for one, two in ((A4, B4), (B4, A4), (A6, B6), (B6, A6)):
+            self.site.flows.allow_pair(one.packed, two.packed, pair, life_ms, self.now_ms)
+
     def perform(self, step: "Step") -> list[int]:
         """Do one step; gives what the polls gave."""
         match step:
@@ -240,7 +250,7 @@ def play(script: Script, kernel: Kernel) -> Outcome:
     host = Host(script, kernel)
     site = host.site
     with closing(site):
-        found = Outcome([], [], [], [], set(), {}, b"", b"", b"", b"")
+        found = Outcome([], [], [], [], set(), {}, b"", b"", b"", b"", b"")
         for step in script.steps:
             found.polls.extend(host.perform(step))
             _collect(site, found)
@@ -254,7 +264,8 @@ def play(script: Script, kernel: Kernel) -> Outcome:
             windows=_rows(memory.windows.read_only),
             traffic=b"".join(_rows(each.read_only) for each in memory.traffic),
             send=_rows(memory.send.read_only),
-            seen=_rows(memory.seen.read_only),
+            seen=b"".join(_rows(each.read_only) for each in memory.seen),
+            flows=b"".join(_rows(each.read_only) for each in memory.flows),
         )
 
 
@@ -342,7 +353,7 @@ class Dice:
             dice.choice(BASES),
             size=size,
             payload=self._payload(size * (count - 1) + last),
-            ports=dice.choice(PORTS),
+            ports=dice.choice([*PORTS, (dice.randrange(1, 40_000), 50_000), (dice.randrange(1, 200), 7)]),
             flags=dice.choice([ACK, ACK, ACK | PSH, ACK | ECE, ACK | FIN, ACK | CWR | ECE]),
             flags_and_offset=dice.choice([0, 0x4000]),
             sequence=dice.choice([1000, 2**32 - 100, dice.randrange(2**32)]),
@@ -486,7 +497,11 @@ class Dice:
         listed = dice.choice([None, frozenset(), frozenset({A4.packed}), frozenset({A4.packed, A6.packed})])
         owner = dice.randrange(2)
         underlay = dice.choice([UdpAddr(IPv4Address(moved[0]), moved[1])] * 3 + [None])
+        peer, directions = dice.choice([0, 0, 0, 1, 2]), dice.randrange(4)
+        life_ms = dice.choice([1, 1000, 30_000])
+        told = f"flows with peer {peer} may begin: {directions:02b}, for {life_ms} ms"
         choices: list[tuple[int, Done]] = [
+            (6, Done(lambda host: host.tell_of_pairs(peer, directions, life_ms), told)),
             (8, Done(lambda host: _pass(host, ms), f"{ms} ms pass")),
             (3, Done(lambda host: host.attach(worker), f"reader {worker} is replaced")),
             (2, Done(lambda host: [each.sweep() for each in host.readers], "keys are swept")),

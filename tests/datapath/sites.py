@@ -90,7 +90,7 @@ class Site:
         self.tunnels = tables.tunnel_table(self.tables)
         self.peers = PeerTable(tables.writable(self.tables.peers, PEERS))
         self.flows = FlowTable(
-            tables.writable(self.tables.flows, FLOWS), tables.writable(self.tables.seen, SEEN)
+            tables.writable(self.tables.flows[-1], FLOWS), tables.writable(self.tables.seen[-1], SEEN)
         )
         self.flows.set_rules_generation(1)
         self.tun, self.inside = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
@@ -129,8 +129,11 @@ class Site:
             tunnels=made.tunnels.read_only,
             keys=made.keys.read_only,
             peers=made.peers.read_only,
-            flows=made.flows.read_only,
-            seen=made.seen.descriptor,
+            flows=tuple(
+                each.descriptor if number == worker else each.read_only
+                for number, each in enumerate(made.flows)
+            ),
+            seen=tuple(each.descriptor for each in made.seen),
             send=made.send.descriptor,
             windows=made.windows.descriptor,
             spans=tuple(

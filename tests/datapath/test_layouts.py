@@ -35,6 +35,7 @@ def python() -> dict[str, tuple[int, int]]:
     for module, names in ((shm_ring, RING_WORDS), (shm_table, TABLE_WORDS), (shm, ["GENERATION"])):
         found |= {name: (8 * getattr(module, name), 8) for name in names}
     found["SEEDS"] = (8 * shm_table.SEEDS, 8 * shm_table.SEED_COUNT)
+    found["TIMEOUTS"] = (8 * shm_table.TIMEOUTS, 8 * shm_table.TIMEOUT_COUNT)
     found["ROWS_AT_WORD"] = (shm_table.ROWS_AT, 0)
     found["HEADER"] = (0, shm._HEADER.size)
     found |= members("HEADER", HEADER)

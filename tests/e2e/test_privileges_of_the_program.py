@@ -38,7 +38,10 @@ _TABLES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "tunnel keys": (_CONTROL | _READERS, _CONTROL),
     "peers": (_CONTROL | _READERS, _CONTROL),
     "flows last seen": (_CONTROL | _READERS, _CONTROL | _READERS),
-    "flows": (_CONTROL | _READERS, _CONTROL),
+    # One for each reader, and behind them control's.
+    "flows 0": (_CONTROL | _READERS, frozenset({"reader/0"})),
+    "flows 1": (_CONTROL | _READERS, frozenset({"reader/1"})),
+    "flows 2": (_CONTROL | _READERS, _CONTROL),
     "send counters": (_CONTROL | _READERS, _CONTROL | _READERS),
     "replay windows": (_READERS, _READERS),
     "journal": (_CONTROL, _CONTROL),

@@ -314,3 +314,151 @@ def test_the_capacity_is_that_of_the_table() -> None:
         check(firewall, INBOUND, flow(port=port))
 
     assert (len(firewall.conntrack), firewall.conntrack.evicted) == (3, 7)
+
+
+# What the data path admits by itself.
+
+
+def test_between_two_addresses_flows_may_begin_in_each_direction_that_has_a_rule() -> None:
+    configs = [
+        FirewallConfig(),
+        FirewallConfig(inbound=ANY),
+        FirewallConfig(outbound=ANY),
+        OPEN,
+    ]
+
+    between = [Firewall(config, OWN).between(flow()) for config in configs]
+
+    assert between == [frozenset(), {INBOUND}, {OUTBOUND}, {INBOUND, OUTBOUND}]
+
+
+def test_between_depends_on_the_local_address_and_on_nothing_else_of_the_flow() -> None:
+    routed = (FirewallRule(local_cidr=ip_network("192.168.7.0/24")),)
+    firewall = Firewall(FirewallConfig(inbound=routed, outbound=ANY), ROUTER)
+
+    assert firewall.between(flow(local=ROUTED)) == {INBOUND}
+    assert firewall.between(flow(local=OURS)) == {OUTBOUND}
+    others = [flow(port=81), flow(protocol=1), flow(remote="10.1.0.3"), flow()._replace(fragment=True)]
+    assert [firewall.between(other) for other in others] == [{OUTBOUND}] * 4
+
+
+def test_between_goes_by_the_newest_rules() -> None:
+    firewall = Firewall(OPEN, OWN)
+    check(firewall, INBOUND, flow())
+
+    firewall.replace(FirewallConfig(outbound=ANY), OWN, T0)
+
+    assert firewall.between(flow()) == {OUTBOUND}
+
+
+@given(
+    st.sampled_from([(), ANY, (FirewallRule(local_cidr=ip_network("192.168.7.0/24")),)]),
+    st.sampled_from([(), ANY, (FirewallRule(local_cidr="any"),)]),
+    st.sampled_from(Direction),
+    st.sampled_from(["192.168.7.7", "192.168.8.8", "10.1.0.1"]),
+    st.tuples(st.integers(0, 65_535), st.integers(0, 255), st.booleans()),
+)
+def test_what_between_says_is_what_each_flow_between_the_two_would_be_told(
+    inbound: tuple[FirewallRule, ...],
+    outbound: tuple[FirewallRule, ...],
+    direction: Direction,
+    local: str,
+    other: tuple[int, int, bool],
+) -> None:
+    firewall = Firewall(FirewallConfig(inbound=inbound, outbound=outbound), ROUTER)
+    port, protocol, fragment = other
+    key = flow(local=local, port=port, protocol=protocol)._replace(fragment=fragment)
+
+    between = firewall.between(flow(local=local))
+
+    assert (check(firewall, direction, key) is Verdict.ALLOW) is (direction in between)
+
+
+class Admitted:
+    """Flows that the data path admitted, and about which it was asked."""
+
+    def __init__(self, flows: dict[FlowKey, Direction]) -> None:
+        self.flows = flows
+        self.asked: list[tuple[FlowKey, Seconds]] = []
+
+    def origin(self, key: FlowKey, now: Seconds) -> Direction | None:
+        self.asked.append((key, now))
+        return self.flows.get(key)
+
+
+ONE_WAY = {INBOUND: FirewallConfig(inbound=ANY), OUTBOUND: FirewallConfig(outbound=ANY)}
+
+
+@pytest.mark.parametrize("began", Direction)
+def test_a_flow_that_the_data_path_admitted_passes_both_ways_while_a_rule_allows_how_it_began(
+    began: Direction,
+) -> None:
+    for direction in Direction:
+        firewall = Firewall(OPEN, OWN, origin=Admitted({flow(): began}).origin)
+        firewall.replace(ONE_WAY[began], OWN, T0)
+
+        assert check(firewall, direction, flow()) is Verdict.ALLOW
+        assert firewall.direction(flow()) is began
+
+
+@pytest.mark.parametrize("began", Direction)
+def test_a_flow_that_the_data_path_admitted_ends_with_the_rules_of_its_own_direction(
+    began: Direction,
+) -> None:
+    other = OUTBOUND if began is INBOUND else INBOUND
+    firewall = Firewall(OPEN, OWN, origin=Admitted({flow(): began}).origin)
+    firewall.replace(ONE_WAY[other], OWN, T0)
+
+    assert check(firewall, began, flow()) is Verdict.DROP_NO_RULE
+    assert len(firewall.conntrack) == 0
+    assert check(firewall, other, flow()) is Verdict.ALLOW
+    assert firewall.direction(flow()) is other
+
+
+def test_a_flow_admitted_outbound_passes_inbound_without_inbound_rules_and_no_other_flow_does() -> None:
+    admitted = Admitted({flow(port=1): OUTBOUND, flow(port=2): INBOUND})
+    firewall = Firewall(FirewallConfig(outbound=ANY), OWN, origin=admitted.origin)
+
+    verdicts = [check(firewall, INBOUND, flow(port=port)) for port in (1, 2, 3)]
+
+    assert verdicts == [Verdict.ALLOW, Verdict.DROP_NO_RULE, Verdict.DROP_NO_RULE]
+
+
+def test_an_admitted_flow_does_not_excuse_the_addresses_of_another_peer_or_those_that_are_not_ours() -> None:
+    foreign = flow(local="10.1.0.9")
+    admitted = Admitted({flow(): OUTBOUND, foreign: OUTBOUND})
+    firewall = Firewall(OPEN, OWN, origin=admitted.origin)
+    other = PeerNetworks.of(certificate("10.1.0.3/16"), OWN.networks)
+
+    assert check(firewall, INBOUND, flow(), peer=other) is Verdict.DROP_REMOTE_ADDRESS
+    assert check(firewall, INBOUND, foreign) is Verdict.DROP_LOCAL_ADDRESS
+    assert admitted.asked == []
+
+
+def test_the_data_path_is_asked_only_about_flows_that_are_not_known() -> None:
+    admitted = Admitted({})
+    config = FirewallConfig(inbound=ANY, outbound=ANY, conntrack=ConntrackConfig(udp_timeout=Seconds(30)))
+    firewall = Firewall(config, OWN, origin=admitted.origin)
+
+    check(firewall, OUTBOUND, flow())
+    check(firewall, OUTBOUND, flow(), at=T0 + 1)
+    check(firewall, INBOUND, flow(), at=T0 + 2)
+    once = list(admitted.asked)
+    check(firewall, INBOUND, flow(), at=T0 + 32)
+    check(firewall, INBOUND, flow(port=81), at=T0 + 33)
+
+    assert once == [(flow(), T0)]
+    assert admitted.asked[1:] == [(flow(), T0 + 32), (flow(port=81), T0 + 33)]
+
+
+def test_what_new_rules_end_of_the_known_flows_is_not_asked_about_again() -> None:
+    admitted = Admitted({flow(): OUTBOUND})
+    firewall = Firewall(OPEN, OWN, origin=admitted.origin)
+    check(firewall, INBOUND, flow())
+    admitted.asked.clear()
+
+    firewall.replace(FirewallConfig(inbound=ANY), OWN, T0)
+    verdicts = [check(firewall, OUTBOUND, flow()), check(firewall, INBOUND, flow(port=81))]
+
+    assert verdicts == [Verdict.DROP_NO_RULE, Verdict.ALLOW]
+    assert admitted.asked == [(flow(port=81), T0)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from nebula_mp.control.actions import Action
 from nebula_mp.control.controller import Controller
 from nebula_mp.control.hostmap import Tunnel
-from nebula_mp.control.plane import Opened, Passed
+from nebula_mp.control.plane import Grant, Opened, Passed
 from nebula_mp.crypto.aead import TAG_BYTES
 from nebula_mp.crypto.replay import ReplayWindow
 from nebula_mp.errors import AuthError, ReplayError, WireError
@@ -122,9 +122,9 @@ class LocalPlane:
     def queue_for(self, tunnel: Tunnel) -> int:
         return tunnel.local_index % self.workers
 
-    def allow(self, flow: FlowKey, tunnel: Tunnel, timeout: Seconds, now: Seconds) -> None:
+    def allow(self, flow: FlowKey, tunnel: Tunnel, grant: Grant, now: Seconds) -> None:
         assert tunnel.local_index in self.tunnels
-        assert timeout > 0
+        assert grant.direction in grant.between
         assert now == self._clock()
         self.allowed.append(flow)
 
@@ -132,6 +132,12 @@ class LocalPlane:
         assert tunnel is None or tunnel.local_index in self.tunnels
         assert now == self._clock()
         self.refused.append((flow, direction))
+
+    def origin(self, flow: FlowKey, now: Seconds) -> Direction | None:
+        """It admits nothing by itself."""
+        assert flow.local
+        assert now == self._clock()
+        return None
 
     def last_seen(self, flow: FlowKey) -> Seconds | None:
         assert flow.local

@@ -38,7 +38,7 @@ from nebula_mp.shm_tunnels import TunnelRow, TunnelState, TunnelView
 from nebula_mp.wire.header import STAGE_2_COUNTER
 from nebula_mp.wire.ip import TCP, FlowKey
 from nebula_mp.workers.tables import ShmPlane
-from tests.support.sessions import PKI, POOL, US, Clock, Memory, at, digest, shake, tunnel_of
+from tests.support.sessions import PKI, POOL, US, Clock, Memory, at, digest, granted, shake, tunnel_of
 
 Keys = tuple[bytes, bytes]
 
@@ -316,7 +316,7 @@ class Driver:
                 plane.settle(self.clock())
             case "allow":
                 assert tunnel is not None
-                plane.allow(flow_of(call.peer, call.number), tunnel, Seconds(5), self.clock())
+                plane.allow(flow_of(call.peer, call.number), tunnel, granted(5), self.clock())
             case _:
                 direction = Direction.INBOUND if call.name == "refuse in" else Direction.OUTBOUND
                 plane.refuse(flow_of(call.peer, call.number), tunnel, direction, self.clock())
@@ -333,8 +333,8 @@ class Reader:
         self._tunnels = TunnelView(self._memory, keys, _copy_keys, lambda: Seconds(time.monotonic()))
         self._peer_words = Mapping(tables.peers.read_only, PEERS, writable=False).words
         self._peers = PeerView(Mapping(tables.peers.read_only, PEERS, writable=False))
-        seen = Mapping(tables.seen.descriptor, SEEN, writable=True)
-        self._flows = FlowView(Mapping(tables.flows.read_only, FLOWS, writable=False), seen)
+        seen = Mapping(tables.seen[-1].descriptor, SEEN, writable=True)
+        self._flows = FlowView(Mapping(tables.flows[-1].read_only, FLOWS, writable=False), seen)
         self.rows = self._memory.parameters[0]
 
     def tunnel(self, index: int) -> TunnelRow[Keys] | None:

@@ -12,11 +12,13 @@ from random import Random
 
 from nebula_mp.cert.identity import Identity
 from nebula_mp.cert.pool import CaPool
+from nebula_mp.config.model import ConntrackConfig
 from nebula_mp.control.hostmap import Tunnel
 from nebula_mp.control.liveness import Traffic
+from nebula_mp.control.plane import Grant
 from nebula_mp.datapath.api import CounterFds
 from nebula_mp.datapath.python import PythonKernel
-from nebula_mp.firewall.rules import PeerNetworks
+from nebula_mp.firewall.rules import Direction, PeerNetworks
 from nebula_mp.handshake.machine import Completed, Initiator, Responder
 from nebula_mp.newtypes import Cipher, Seconds, TunnelIndex, UdpAddr
 from nebula_mp.shm_flows import FlowView
@@ -125,8 +127,8 @@ class Memory:
             tunnels=tables.tunnels.descriptor,
             keys=tables.keys.descriptor,
             peers=tables.peers.descriptor,
-            flows=tables.flows.descriptor,
-            seen=tables.seen.descriptor,
+            flows=(*(each.read_only for each in tables.flows[:-1]), tables.flows[-1].descriptor),
+            seen=tuple(each.descriptor for each in tables.seen),
             send=tables.send.descriptor,
             spans=tuple(span.read_only for span in tables.spans),
             traffic=(*(each.read_only for each in tables.traffic[:-1]), tables.traffic[-1].descriptor),
@@ -181,10 +183,17 @@ def peers_of(memory: Memory) -> PeerView:
 
 
 def flows_of(memory: Memory) -> FlowView:
-    return FlowView(read_only(memory.tables.flows, FLOWS), writable(memory.tables.seen, SEEN))
+    return FlowView(read_only(memory.tables.flows[-1], FLOWS), writable(memory.tables.seen[-1], SEEN))
 
 
 def ref_of(memory: Memory, tunnel: Tunnel) -> PeerRef:
     row = view_of(memory).get(tunnel.local_index)
     assert row is not None
     return row.peer
+
+
+def granted(timeout_s: float, *between: Direction) -> Grant:
+    """A grant for a flow that began outbound."""
+    timeout = Seconds(timeout_s)
+    timeouts = ConntrackConfig(tcp_timeout=timeout, udp_timeout=timeout, default_timeout=timeout)
+    return Grant(Direction.OUTBOUND, frozenset(between), timeouts)

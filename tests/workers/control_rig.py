@@ -260,7 +260,7 @@ class Hand:
         )
         self.peers = PeerView(Mapping(memory.peers, PEERS, writable=False))
         self.flows = FlowView(
-            Mapping(memory.flows, FLOWS, writable=False), Mapping(memory.seen, SEEN, writable=True)
+            Mapping(memory.flows[-1], FLOWS, writable=False), Mapping(memory.seen[-1], SEEN, writable=True)
         )
         self._traffic = Traffic(Mapping(memory.traffic, TRAFFIC, writable=True))
         self.attach()

@@ -134,7 +134,10 @@ def test_readers_write_only_what_is_theirs(shared: Shared) -> None:
 
     assert writable == {
         "stats reader/0",
-        "flows last seen",
+        "flows 0",
+        "flows last seen 0",
+        "flows last seen 1",
+        "flows last seen 2",
         "send counters",
         "replay windows",
         "span 0",
@@ -158,7 +161,8 @@ def test_readers_read_what_others_say(shared: Shared) -> None:
         "tunnels",
         "tunnel keys",
         "peers",
-        "flows",
+        "flows 1",
+        "flows 2",
         "span 1",
         "stats writer/0",
         "ring state upcall/0",
@@ -189,8 +193,10 @@ def test_control_writes_the_tables_and_reads_the_counters(shared: Shared) -> Non
         "tunnels",
         "tunnel keys",
         "peers",
-        "flows",
-        "flows last seen",
+        "flows 2",
+        "flows last seen 0",
+        "flows last seen 1",
+        "flows last seen 2",
         "send counters",
         "traffic 2",
         "journal",
@@ -201,6 +207,8 @@ def test_control_writes_the_tables_and_reads_the_counters(shared: Shared) -> Non
         "ring data stranger/control/1",
     }
     assert {name for name, is_theirs in found.items() if not is_theirs} == {
+        "flows 0",
+        "flows 1",
         "span 0",
         "span 1",
         "traffic 0",

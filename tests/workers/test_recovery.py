@@ -302,7 +302,7 @@ def watch_all(plane: ShmPlane, store: Callable[[], None]) -> None:
     watch(plane._counters, "_words", load=nothing, store=store)
     watch(plane._sent, "_words", load=nothing, store=store)
     watch(plane._journal, "_data _words", load=nothing, store=store)
-    watch(plane._flows._memory, "data words halves seen", load=nothing, store=store)
+    watch(plane._flows._memory, "data rules halves seen", load=nothing, store=store)
     watch(plane._peers_memory, "words", load=nothing, store=store)
     if plane._peer_table is not None:
         watch(plane._peer_table, "_words", load=nothing, store=store)

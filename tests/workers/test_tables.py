@@ -7,28 +7,33 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nebula_mp.config.model import ConntrackConfig
 from nebula_mp.control.hostmap import Tunnel
-from nebula_mp.control.plane import DataPlane, Passed
+from nebula_mp.control.plane import DataPlane, Grant, Passed
 from nebula_mp.datapath.sealing import LOCK_HOLD
 from nebula_mp.firewall.conntrack import Direction
 from nebula_mp.newtypes import Cipher, Counter, Seconds, TunnelIndex
 from nebula_mp.shm_counters import SendCounters, Traffic
+from nebula_mp.shm_flows import FlowTable, Pair
 from nebula_mp.shm_table import (
     FLOWS,
     JOURNAL,
     KEYS,
     ROWS_AT_WORD,
     RULES_GENERATION,
+    SEEN,
     SEND,
     SEND_ROW,
     SPAN,
+    TIMEOUTS,
     TRAFFIC,
+    PeerRef,
 )
 from nebula_mp.shm_tunnels import TunnelState
 from nebula_mp.wire.header import COUNTER_LIMIT, STAGE_2_COUNTER
-from nebula_mp.wire.ip import TCP, FlowKey
+from nebula_mp.wire.ip import ICMP, TCP, UDP, FlowKey
 from nebula_mp.workers.journal import Journal
-from nebula_mp.workers.tables import COUNTER_WAIT
+from nebula_mp.workers.tables import COUNTER_WAIT, PAIR_LIFE_MS, ShmPlane
 from tests.support.forked import children, shared_words
 from tests.support.plane_walk import Driver, Model, Reader, Walk, recovered_as
 from tests.support.processes import eventually
@@ -44,6 +49,7 @@ from tests.support.sessions import (
     Memory,
     at,
     flows_of,
+    granted,
     opened,
     peers_of,
     ref_of,
@@ -52,6 +58,7 @@ from tests.support.sessions import (
     view_of,
 )
 from tests.support.tables import read_only, writable
+from tests.support.watched import Countdown, KilledError, nothing, watch
 
 PLENTY_S = 30
 
@@ -457,7 +464,7 @@ def test_a_verdict_is_published_when_the_packet_that_asked_for_it_was_sent(memor
     tunnel = opened(plane)
     ref = ref_of(memory, tunnel)
 
-    plane.allow(flow(1), tunnel, Seconds(2.0005), Seconds(10))
+    plane.allow(flow(1), tunnel, granted(2.0005), Seconds(10))
     plane.refuse(flow(2), tunnel, Direction.INBOUND, Seconds(10))
     plane.refuse(flow(3), tunnel, Direction.OUTBOUND, Seconds(10))
     plane.refuse(flow(4), None, Direction.OUTBOUND, Seconds(10))
@@ -475,7 +482,7 @@ def test_a_flow_rests_for_no_longer_than_its_timeout_rounded_up(memory: Memory) 
     plane = memory.fresh()
     tunnel = opened(plane)
 
-    plane.allow(flow(), tunnel, Seconds(2.0005), Seconds(10))
+    plane.allow(flow(), tunnel, granted(2.0005), Seconds(10))
     plane.settle(Seconds(10))
 
     rested = [flows_of(memory).outbound(flow(), 10_000 + each) is not None for each in (2_001, 2_000)]
@@ -487,7 +494,7 @@ def test_when_a_flow_last_had_a_packet_is_what_readers_noted(memory: Memory) -> 
     tunnel = opened(plane)
     assert plane.last_seen(flow()) is None
 
-    plane.allow(flow(), tunnel, Seconds(60), Seconds(9))
+    plane.allow(flow(), tunnel, granted(60), Seconds(9))
     assert plane.last_seen(flow()) is None
     plane.settle(Seconds(10))
     inserted = plane.last_seen(flow())
@@ -502,7 +509,7 @@ def test_who_had_to_make_room_is_told_when_it_happens(memory: Memory) -> None:
     told = []
 
     for port in range(1, 2000):
-        plane.allow(flow(port), tunnel, Seconds(3600), Seconds(port))
+        plane.allow(flow(port), tunnel, granted(3600), Seconds(port))
         told += plane.settle(Seconds(port))
 
     gone = [key for key, _ in told]
@@ -514,9 +521,9 @@ def test_who_had_to_make_room_is_told_when_it_happens(memory: Memory) -> None:
 def test_a_verdict_by_rules_that_are_gone_is_never_published(memory: Memory) -> None:
     plane, view = memory.fresh(), flows_of(memory)
     tunnel = opened(plane)
-    plane.allow(flow(1), tunnel, Seconds(60), Seconds(10))
+    plane.allow(flow(1), tunnel, granted(60), Seconds(10))
     plane.settle(Seconds(10))
-    plane.allow(flow(2), tunnel, Seconds(60), Seconds(10))
+    plane.allow(flow(2), tunnel, granted(60), Seconds(10))
 
     plane.forget_flows()
     plane.settle(Seconds(10))
@@ -529,7 +536,7 @@ def test_nothing_is_published_for_a_tunnel_that_has_ended(memory: Memory) -> Non
     tunnel = opened(plane)
     plane.closed(tunnel)
 
-    plane.allow(flow(1), tunnel, Seconds(60), Seconds(10))
+    plane.allow(flow(1), tunnel, granted(60), Seconds(10))
     plane.refuse(flow(2), tunnel, Direction.INBOUND, Seconds(10))
     plane.settle(Seconds(10))
 
@@ -540,7 +547,7 @@ def test_nothing_is_published_for_a_tunnel_that_has_ended(memory: Memory) -> Non
 def test_a_flow_of_a_tunnel_that_ends_before_it_is_settled_leads_nowhere(memory: Memory) -> None:
     plane, view, peers = memory.fresh(), flows_of(memory), peers_of(memory)
     tunnel = opened(plane)
-    plane.allow(flow(1), tunnel, Seconds(60), Seconds(10))
+    plane.allow(flow(1), tunnel, granted(60), Seconds(10))
 
     plane.closed(tunnel)
     plane.settle(Seconds(10))
@@ -552,7 +559,7 @@ def test_a_flow_of_a_tunnel_that_ends_before_it_is_settled_leads_nowhere(memory:
 
 
 def test_each_control_process_goes_on_with_the_generation_of_rules_it_finds(memory: Memory) -> None:
-    words = read_only(memory.tables.flows, FLOWS).words
+    words = read_only(memory.tables.flows[-1], FLOWS).words
     seen = [words[RULES_GENERATION]]
 
     for _ in range(2):
@@ -563,3 +570,366 @@ def test_each_control_process_goes_on_with_the_generation_of_rules_it_finds(memo
         seen.append(words[RULES_GENERATION])
 
     assert seen == [0, 1, 2, 2, 3]
+
+
+# Pairs of addresses.
+
+OUTBOUND, INBOUND = Direction.OUTBOUND, Direction.INBOUND
+
+
+def resting(tcp_s: float, udp_s: float, other_s: float) -> ConntrackConfig:
+    return ConntrackConfig(
+        tcp_timeout=Seconds(tcp_s), udp_timeout=Seconds(udp_s), default_timeout=Seconds(other_s)
+    )
+
+
+TIMES, OTHER_TIMES = resting(720, 180.0005, 600), resting(7, 8, 9)
+
+
+def pair_of(memory: Memory, at_ms: int, key: FlowKey | None = None) -> Pair | None:
+    key = key or flow()
+    return flows_of(memory).pair(key.local, key.remote, at_ms)
+
+
+def until_ms(memory: Memory, key: FlowKey | None = None) -> int:
+    """When readers will not rely on what they were told any more."""
+    key = key or flow()
+    view, low, high = flows_of(memory), 0, 1 << 40
+    while low < high:
+        middle = (low + high) // 2
+        if view.pair(key.local, key.remote, middle) is None:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def timeouts_ms(memory: Memory) -> list[int]:
+    return list(read_only(memory.tables.flows[-1], FLOWS).words[TIMEOUTS : TIMEOUTS + 3])
+
+
+def settle(
+    plane: ShmPlane,
+    tunnel: Tunnel,
+    at: float,
+    *between: Direction,
+    key: FlowKey | None = None,
+    timeouts: ConntrackConfig = TIMES,
+) -> list[FlowKey]:
+    """Allow one flow and what else may begin; gives those that made room."""
+    grant = Grant(OUTBOUND, frozenset(between), timeouts)
+    plane.allow(key or flow(), tunnel, grant, Seconds(at))
+    return [gone for gone, _ in plane.settle(Seconds(at))]
+
+
+@pytest.mark.parametrize("between", [(OUTBOUND,), (INBOUND,), (OUTBOUND, INBOUND)])
+def test_readers_are_told_what_else_may_begin_between_the_two_addresses(
+    memory: Memory, between: tuple[Direction, ...]
+) -> None:
+    plane = memory.fresh()
+    tunnel = opened(plane)
+    plane.allow(flow(), tunnel, Grant(OUTBOUND, frozenset(between), TIMES), Seconds(10))
+    assert pair_of(memory, 10_000) is None
+
+    plane.settle(Seconds(10))
+
+    told = Pair(ref_of(memory, tunnel), OUTBOUND in between, INBOUND in between, rules_generation=1)
+    assert pair_of(memory, 10_000) == told
+    assert until_ms(memory) == 10_000 + PAIR_LIFE_MS
+    assert timeouts_ms(memory) == [720_000, 180_001, 600_000]
+    assert flows_of(memory).outbound(flow(), 10_000) == told.peer
+    assert flows_of(memory).outbound(flow(23), 10_000) is None
+
+
+def test_where_nothing_else_may_begin_nothing_is_said(memory: Memory) -> None:
+    plane = memory.fresh()
+
+    settle(plane, opened(plane), 10)
+
+    assert pair_of(memory, 10_000) is None
+    assert timeouts_ms(memory) == [0, 0, 0]
+    assert flows_of(memory).outbound(flow(), 10_000) is not None
+
+
+def test_a_refusal_says_nothing_of_other_flows(memory: Memory) -> None:
+    plane = memory.fresh()
+    tunnel = opened(plane)
+
+    plane.refuse(flow(), tunnel, INBOUND, Seconds(10))
+    plane.settle(Seconds(10))
+
+    assert pair_of(memory, 10_000) is None
+
+
+def test_readers_are_told_once_and_not_again_before_half_of_the_time_has_passed(memory: Memory) -> None:
+    plane = memory.fresh()
+    tunnel = opened(plane)
+    half = PAIR_LIFE_MS / 2000
+
+    holds = []
+    for number, at_s in enumerate((10, 11, 10 + half - 0.001, 10 + half, 11 + half, 10 + 2 * half)):
+        settle(plane, tunnel, at_s, OUTBOUND, key=flow(number))
+        holds.append(until_ms(memory) - PAIR_LIFE_MS)
+
+    second, third = 10_000 + PAIR_LIFE_MS // 2, 10_000 + PAIR_LIFE_MS
+    assert holds == [10_000, 10_000, 10_000, second, second, third]
+
+
+def test_readers_are_told_at_once_that_it_is_something_else(memory: Memory) -> None:
+    plane = memory.fresh()
+    tunnel = opened(plane)
+    ref = ref_of(memory, tunnel)
+
+    settle(plane, tunnel, 10, OUTBOUND)
+    settle(plane, tunnel, 10.5, OUTBOUND, INBOUND)
+    both = pair_of(memory, 10_500)
+    settle(plane, tunnel, 11, INBOUND)
+
+    assert both == Pair(ref, outbound=True, inbound=True, rules_generation=1)
+    assert pair_of(memory, 11_000) == Pair(ref, outbound=False, inbound=True, rules_generation=1)
+
+
+def test_pairs_are_told_of_one_by_one(memory: Memory) -> None:
+    plane = memory.fresh()
+    tunnel, other = opened(plane), opened(plane, 0x1_0004, peer=TWO)
+    keys = [
+        flow(),
+        flow()._replace(local=bytes([10, 42, 0, 2])),
+        flow()._replace(remote=bytes([10, 42, 0, 12])),
+    ]
+
+    for number, (key, through) in enumerate(zip(keys, (tunnel, tunnel, other), strict=True)):
+        settle(plane, through, 10 + number, OUTBOUND, key=key)
+
+    assert [until_ms(memory, key) - PAIR_LIFE_MS for key in keys] == [10_000, 11_000, 12_000]
+    told = [pair_of(memory, 12_000, key) for key in keys]
+    refs = [ref_of(memory, tunnel), ref_of(memory, tunnel), ref_of(memory, other)]
+    assert [each and each.peer for each in told] == refs
+
+
+def test_new_rules_end_what_was_said_and_it_is_said_anew(memory: Memory) -> None:
+    plane = memory.fresh()
+    tunnel = opened(plane)
+    settle(plane, tunnel, 10, OUTBOUND, INBOUND)
+
+    plane.forget_flows()
+    assert pair_of(memory, 10_000) is None
+    settle(plane, tunnel, 11, OUTBOUND, INBOUND, timeouts=OTHER_TIMES)
+
+    ref = ref_of(memory, tunnel)
+    assert pair_of(memory, 11_000) == Pair(ref, outbound=True, inbound=True, rules_generation=2)
+    assert until_ms(memory) == 11_000 + PAIR_LIFE_MS
+    assert timeouts_ms(memory) == [7_000, 8_000, 9_000]
+
+
+def test_whenever_there_is_a_pair_its_timeouts_are_there_already() -> None:
+    expected = {1: [720_000, 180_001, 600_000], 2: [7_000, 8_000, 9_000]}
+    found, at, killed = set(), 0, True
+    while killed:
+        memory = Memory()
+        plane = memory.fresh()
+        tunnel = opened(plane)
+        watch(plane._flows._memory, "data halves seen rules", load=nothing, store=Countdown(at))
+        try:
+            settle(plane, tunnel, 10, OUTBOUND)
+            plane.forget_flows()
+            settle(plane, tunnel, 11, OUTBOUND, timeouts=OTHER_TIMES)
+            killed = False
+        except KilledError:
+            pass
+        pair = pair_of(memory, 11_000)
+        if pair is not None:
+            assert timeouts_ms(memory) == expected[pair.rules_generation]
+            found.add(pair.rules_generation)
+        memory.close()
+        at += 1
+    assert found == {1, 2}
+
+
+def test_a_successor_says_everything_once_more(memory: Memory) -> None:
+    plane = memory.fresh()
+    settle(plane, opened(plane), 10, OUTBOUND)
+    successor = memory.plane()
+    successor.recover(US, POOL)
+    assert until_ms(memory) == 10_000 + PAIR_LIFE_MS
+
+    settle(successor, opened(successor, 0x1_0004), 11, OUTBOUND, timeouts=OTHER_TIMES)
+
+    assert until_ms(memory) == 11_000 + PAIR_LIFE_MS
+    assert timeouts_ms(memory) == [7_000, 8_000, 9_000]
+
+
+def test_a_further_tunnel_of_a_peer_ends_its_pairs_and_no_other_ones(memory: Memory) -> None:
+    plane = memory.fresh()
+    tunnel, other = opened(plane), opened(plane, 0x1_0004, peer=TWO)
+    of_other = flow()._replace(remote=bytes([10, 42, 0, 12]))
+    settle(plane, tunnel, 10, OUTBOUND)
+    settle(plane, other, 10, OUTBOUND, key=of_other)
+
+    further = opened(plane, 0x1_0005)
+
+    assert pair_of(memory, 10_000) is None
+    assert pair_of(memory, 10_000, of_other) is not None
+    assert flows_of(memory).outbound(flow(), 10_000) == ref_of(memory, tunnel)
+    settle(plane, further, 11, OUTBOUND)
+    assert until_ms(memory) == 11_000 + PAIR_LIFE_MS, "though half of the time has not passed"
+
+
+def test_a_candidate_ends_no_pairs_before_it_is_proven(memory: Memory) -> None:
+    plane = memory.fresh()
+    settle(plane, opened(plane), 10, OUTBOUND)
+
+    candidate = opened(plane, 0x1_0005, proven=False)
+    of_a_candidate = pair_of(memory, 10_000)
+    candidate.proven = True
+    plane.changed(candidate)
+
+    assert of_a_candidate is not None, "anybody can send a copy of a first message"
+    assert pair_of(memory, 10_000) is None
+
+
+def test_the_pairs_of_a_peer_end_with_its_last_tunnel(memory: Memory) -> None:
+    plane = memory.fresh()
+    first, second = opened(plane, 0x1_0003), opened(plane, 0x1_0004)
+    keys = [flow(), flow()._replace(local=bytes([10, 42, 0, 2]))]
+    for key in keys:
+        settle(plane, second, 10, OUTBOUND, key=key)
+
+    plane.closed(first)
+    with_one = [pair_of(memory, 10_000, key) for key in keys]
+    plane.closed(second)
+
+    assert None not in with_one
+    assert [pair_of(memory, 10_000, key) for key in keys] == [None, None]
+
+
+def test_a_pair_that_has_gone_over_to_another_peer_does_not_end_with_the_former_one(memory: Memory) -> None:
+    plane = memory.fresh()
+    former = opened(plane, 0x1_0003)
+    settle(plane, former, 10, OUTBOUND)
+    renewed = PKI.identity("one", "10.42.0.11/16", "fd42::11/64", key_of=ONE)
+    tunnel = opened(plane, 0x1_0004, peer=renewed)
+    settle(plane, tunnel, 11, OUTBOUND)
+
+    plane.closed(former)
+
+    told = Pair(ref_of(memory, tunnel), outbound=True, inbound=False, rules_generation=1)
+    assert pair_of(memory, 11_000) == told
+
+
+def test_of_more_pairs_than_are_remembered_each_one_holds(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nebula_mp.workers.tables._PAIRS_MAX", 4)
+    plane = memory.fresh()
+    tunnel = opened(plane)
+    keys = [flow()._replace(local=bytes([10, 42, 1, number])) for number in range(6)]
+
+    for key in keys:
+        settle(plane, tunnel, 10, OUTBOUND, key=key)
+
+    assert None not in [pair_of(memory, 10_000, key) for key in keys]
+    settle(plane, tunnel, 11, OUTBOUND, key=keys[0])
+    settle(plane, tunnel, 11, OUTBOUND, key=keys[5])
+    assert [until_ms(memory, keys[number]) - PAIR_LIFE_MS for number in (0, 5)] == [11_000, 10_000]
+
+
+def test_a_flow_that_made_room_for_a_pair_is_told_too(memory: Memory) -> None:
+    plane = memory.fresh()
+    tunnel = opened(plane)
+    keys = [flow()._replace(remote=bytes([10, 43, number >> 8, number & 255])) for number in range(420)]
+    for key in keys:
+        settle(plane, tunnel, 10, key=key)
+    known = [key for key in keys if plane.last_seen(key) is not None]
+
+    gone = []
+    for key in known:
+        if plane.last_seen(key) is not None:  # so it stays in its row
+            gone += settle(plane, tunnel, 11, OUTBOUND, key=key)
+
+    assert len(gone) == len(set(gone)) > 5
+    assert [key for key in known if plane.last_seen(key) is None] == [key for key in known if key in gone]
+
+
+# Which way flows began.
+
+
+def admitted_by(memory: Memory, worker: int) -> FlowTable:
+    """A reader's own table."""
+    tables = memory.tables
+    rules = read_only(tables.flows[-1], FLOWS)
+    return FlowTable(writable(tables.flows[worker], FLOWS), writable(tables.seen[worker], SEEN), rules=rules)
+
+
+@pytest.mark.parametrize("worker", [0, 1])
+@pytest.mark.parametrize("direction", Direction)
+def test_the_origin_of_a_flow_is_what_the_reader_noted_that_admitted_it(
+    memory: Memory, worker: int, direction: Direction
+) -> None:
+    plane = memory.fresh()
+    assert plane.origin(flow(), Seconds(10)) is None
+
+    admitted_by(memory, worker).allow(flow(), PeerRef(1), 2000, 10_000, inbound=direction is INBOUND)
+
+    assert plane.origin(flow(), Seconds(11.999)) is direction
+    plane.forget_flows()
+    assert plane.origin(flow(), Seconds(11.999)) is direction
+    assert plane.origin(flow(), Seconds(12)) is None
+    assert plane.origin(flow(23), Seconds(10)) is None
+
+
+def test_a_flow_with_packets_keeps_its_origin(memory: Memory) -> None:
+    plane, table = memory.fresh(), admitted_by(memory, 1)
+    table.allow(flow(), PeerRef(1), 2000, 10_000, inbound=True)
+    table._memory.seen[ROWS_AT_WORD + seen_slot(table)] = 11_500
+
+    assert plane.origin(flow(), Seconds(13.499)) is INBOUND
+    assert plane.origin(flow(), Seconds(13.5)) is None
+
+
+def seen_slot(table: FlowTable) -> int:
+    """Where readers note the packets of the flow that is alone in this table."""
+    return next(slot for slot, seen in enumerate(table._memory.seen[ROWS_AT_WORD:]) if seen)
+
+
+def test_the_origin_is_that_of_any_reader_which_has_the_flow_and_says_it(memory: Memory) -> None:
+    plane = memory.fresh()
+    admitted_by(memory, 0).allow(flow(), PeerRef(1), 2000, 10_000)
+    admitted_by(memory, 1).allow(flow(), PeerRef(1), 2000, 10_000, inbound=True)
+
+    assert plane.origin(flow(), Seconds(10)) is INBOUND
+
+
+def test_what_no_reader_admitted_has_no_origin(memory: Memory) -> None:
+    plane = memory.fresh()
+    tunnel = opened(plane)
+    settle(plane, tunnel, 10, OUTBOUND)
+    admitted_by(memory, 0).refuse(flow(23), ref_of(memory, tunnel), 10_000, inbound=True)
+
+    assert plane.origin(flow(), Seconds(10)) is None
+    assert plane.origin(flow(23), Seconds(10)) is None
+
+
+@pytest.mark.parametrize("direction", Direction)
+def test_readers_see_which_way_a_flow_began_that_control_allowed(
+    memory: Memory, direction: Direction
+) -> None:
+    plane = memory.fresh()
+
+    plane.allow(flow(), opened(plane), Grant(direction, frozenset(), TIMES), Seconds(10))
+    plane.settle(Seconds(10))
+
+    assert flows_of(memory).origin(flow(), 10_000) is (direction is INBOUND)
+
+
+@pytest.mark.parametrize(("protocol", "rests_ms"), [(TCP, 720_000), (UDP, 180_001), (ICMP, 600_000)])
+def test_a_flow_that_control_allows_rests_for_what_its_protocol_may(
+    memory: Memory, protocol: int, rests_ms: int
+) -> None:
+    plane = memory.fresh()
+    key = flow()._replace(protocol=protocol)
+
+    settle(plane, opened(plane), 10, key=key)
+
+    rested = [flows_of(memory).outbound(key, 10_000 + each) is not None for each in (rests_ms, rests_ms - 1)]
+    assert rested == [False, True]

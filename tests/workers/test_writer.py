@@ -231,7 +231,7 @@ def test_what_is_being_sent_when_a_writer_dies_goes_on_as_each_ring_wants_it(mak
 def test_no_key_and_no_counter_is_within_a_writers_reach(make_rig: MakeRig) -> None:
     rig = make_rig(workers=2)
     made = rig.site.tables
-    forbidden = {made.keys, made.send, made.windows, made.flows, made.seen, *made.spans, *made.traffic}
+    forbidden = {made.keys, made.send, made.windows, *made.flows, *made.seen, *made.spans, *made.traffic}
 
     held = set(descriptors(rig.writer_parts()))
 

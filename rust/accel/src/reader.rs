@@ -29,8 +29,8 @@ struct Memory<'py> {
     tunnels: i32,
     keys: i32,
     peers: i32,
-    flows: i32,
-    seen: i32,
+    flows: Vec<i32>,
+    seen: Vec<i32>,
     send: i32,
     windows: i32,
     spans: Vec<i32>,
@@ -172,8 +172,11 @@ impl Attached<'_> {
                 region(memory.keys, &layout::KEYS, "")?,
             )?,
             flows: FlowView::new(
-                region(memory.flows, &layout::FLOWS, "")?,
-                region(memory.seen, &layout::SEEN, "")?,
+                numbered(&memory.flows, &layout::FLOWS, "")?,
+                numbered(&memory.seen, &layout::SEEN, "")?,
+                usize::from(memory.worker),
+                PeerView::new(region(memory.peers, &layout::PEERS, "")?)?,
+                Rc::clone(&counted),
             )?,
             traffic: Traffic::new(region(memory.traffic, &layout::TRAFFIC, "")?)?,
             upcalls: Upcalls::new(
@@ -236,7 +239,7 @@ impl Attached<'_> {
     }
 }
 
-/// Regions of all workers.
+/// Regions of all workers, and control's behind them where it has one.
 pub fn numbered(
     descriptors: &[i32],
     layout: &nebula_mp_core::region::Layout,

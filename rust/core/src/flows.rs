@@ -1,50 +1,32 @@
-//! A reader's side of the flow table; as `nebula_mp.shm_flows.FlowView`.
+//! A reader's side of the flow tables; as `nebula_mp.shm_flows.FlowView`.
 //!
-//! Knows keys, verdicts and how long they hold; knows nothing of rules, of packets, or of who the peer is. A bucket is
-//! a line of tags, then 7 rows of a cache line each, so that a hit touches two lines and a miss one; nothing is
-//! remembered here of rows that were found. A row is read under its sequence number, which is odd while control writes.
+//! Knows keys, verdicts and how long they hold; knows nothing of rules, of packets, or of who the peer is. There is a
+//! table of each reader, which it writes alone, and one of control's. Nothing is remembered here of rows that were
+//! found.
 //!
-//! A row holds while it has the current rules generation and its last packet is not older than its timeout. ALLOW is
-//! refreshed by packets of both directions, REFUSE is not. For an inbound packet the row's peer must be the tunnel's.
+//! ALLOW is refreshed by packets of both directions, REFUSE is not, and is asked for only where no table allows. For an
+//! inbound packet the row's peer must be the tunnel's. What no row of the flow says may be said by control's row of the
+//! pair of addresses: then the reader admits the flow itself, to its own table.
 
-use std::mem::offset_of;
-use std::sync::atomic::{fence, Ordering};
+use std::rc::Rc;
 
+use crate::admission;
 use crate::error::Result;
+pub use crate::flow_rows::flow_hash;
+use crate::flow_rows::{Direction, FlowRows, Place, Row, Verdict, ALLOW, REFUSE};
 use crate::ip::FlowKey;
-use crate::layout::{
-    row_count, Bucket, FlowRow, SeenRow, BUCKETS_MAX, BUCKET_ROWS, ROWS_AT, ROWS_AT_WORD,
-    RULES_GENERATION, SEEDS, SEED_COUNT,
-};
+use crate::layout::{SEED_COUNT, WORKERS_MAX};
+use crate::peers::PeerView;
 use crate::region::Region;
+use crate::stats::StatsPage;
 
-/// Readers note a packet when the last one noted is this old, or an eighth of the timeout if that is less.
-const SEEN_STEP_MS: u32 = 1000;
-/// To read a row that is being written; a miss only costs an upcall.
-const TRIES: usize = 3;
-
-const ALLOW: u32 = 1;
-const REFUSE: u32 = 2;
-const VERDICT: u32 = 3;
-const INBOUND_SHIFT: u32 = 2;
 /// The peer of a row that stands for packets which nobody would take.
 const NOBODY: u64 = 0;
+/// Among the tables in the order in which they are asked.
+const OWN: usize = 0;
+const CONTROLS: usize = 1;
 
-const TAGS_AT: usize = offset_of!(Bucket, tags);
-const ROWS_IN_BUCKET_AT: usize = offset_of!(Bucket, rows);
-const KEY_WORD: usize = offset_of!(FlowRow, local) / 8;
-const PEER_WORD: usize = offset_of!(FlowRow, peer) / 8;
-/// Timeout in the low half, verdicts in the high one.
-const REST_WORD: usize = offset_of!(FlowRow, timeout_ms) / 8;
-const RULES_HALF: usize = offset_of!(FlowRow, rules_generation) / 4;
-
-const _: () = assert!(
-    offset_of!(FlowRow, sequence) == 0
-        && PEER_WORD == KEY_WORD + 5
-        && offset_of!(FlowRow, verdicts) == offset_of!(FlowRow, timeout_ms) + 4
-);
-
-/// What the table says of a packet from the local stack.
+/// What the tables say of a packet from the local stack.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outbound {
     /// It goes to this peer (`PeerRef`).
@@ -55,7 +37,7 @@ pub enum Outbound {
     Unknown,
 }
 
-/// What the table says of a packet that came through a tunnel.
+/// What the tables say of a packet that came through a tunnel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum Inbound {
@@ -67,569 +49,216 @@ pub enum Inbound {
 
 /// Verdicts, and the words that say when a flow last had a packet.
 pub struct FlowView {
-    flows: Region,
-    seen: Region,
-    mask: usize,
+    /// The own one, control's, then the others by number.
+    tables: Vec<FlowRows>,
     seeds: [u64; SEED_COUNT],
-}
-
-/// A row that holds.
-struct Found {
-    /// Index of its word in the region of last-seen words.
-    seen: usize,
-    peer: u64,
-    verdicts: u32,
-    /// Whether a packet of it is to be noted.
-    note: bool,
+    peers: PeerView,
+    stats: Rc<StatsPage>,
 }
 
 impl FlowView {
-    /// `flows` is read-only, `seen` writable.
-    pub fn new(flows: Region, seen: Region) -> Result<Self> {
-        assert!(seen.is_writable());
-        let buckets = row_count(&flows, size_of::<Bucket>(), BUCKETS_MAX)?;
-        if !buckets.is_power_of_two() {
-            return Err(flows.contradiction("number of buckets", buckets, "a power of two"));
+    /// `flows` and `seen` are those of all workers, and control's behind them. `flows[own]` is writable, and so are all
+    /// of `seen`.
+    pub fn new(
+        flows: Vec<Region>,
+        seen: Vec<Region>,
+        own: usize,
+        peers: PeerView,
+        stats: Rc<StatsPage>,
+    ) -> Result<Self> {
+        let workers = flows.len().saturating_sub(1);
+        assert!((1..=WORKERS_MAX).contains(&workers) && seen.len() == flows.len());
+        assert!(own < workers && flows[own].is_writable());
+        let tables = flows.into_iter().zip(seen);
+        let mut tables = tables
+            .map(|(flows, seen)| FlowRows::new(flows, seen))
+            .collect::<Result<Vec<_>>>()?;
+        tables[..=own].rotate_right(1);
+        tables[OWN + 1..].rotate_right(1);
+        for table in &tables {
+            table.check_fits(&tables[CONTROLS])?;
         }
-        let rows = buckets * BUCKET_ROWS;
-        if row_count(&seen, size_of::<SeenRow>(), BUCKETS_MAX * BUCKET_ROWS)? != rows {
-            return Err(seen.contradiction("number of rows", seen.parameters()[0], rows));
-        }
-        let seeds =
-            std::array::from_fn(|number| flows.word(SEEDS + number).load(Ordering::Relaxed));
         Ok(Self {
-            flows,
-            seen,
-            mask: buckets - 1,
-            seeds,
+            seeds: tables[CONTROLS].seeds(),
+            tables,
+            peers,
+            stats,
         })
     }
 
     /// Whom a packet from the local stack goes to.
     #[inline]
     pub fn outbound(&mut self, key: &FlowKey, now_ms: u64) -> Outbound {
-        let Some(found) = self.find(key, now_ms) else {
-            return Outbound::Unknown;
-        };
-        match found.verdicts & VERDICT {
-            ALLOW => {
-                self.note(&found, now_ms);
-                match found.peer {
-                    NOBODY => Outbound::Refused,
-                    peer => Outbound::To(peer),
+        let place = self.place(key);
+        let rules_generation = self.rules_generation();
+        let (mut is_refused, mut stale) = (false, None);
+        for table in &self.tables {
+            let Some(row) = find(table, place, key, rules_generation, now_ms) else {
+                continue;
+            };
+            let peer = row.verdict.peer;
+            match row.verdict.of(Direction::Outbound) {
+                ALLOW if peer == NOBODY => {
+                    table.note(place.bucket, &row, now_ms);
+                    return Outbound::Refused;
                 }
+                ALLOW if self.peers.tunnel(peer).is_some() => {
+                    table.note(place.bucket, &row, now_ms);
+                    return Outbound::To(peer);
+                }
+                ALLOW => {
+                    table.note(place.bucket, &row, now_ms);
+                    stale = stale.or(Some(peer));
+                }
+                REFUSE => is_refused = true,
+                _ => {}
             }
-            REFUSE => Outbound::Refused,
-            _ => Outbound::Unknown,
         }
+        if is_refused {
+            return Outbound::Refused;
+        }
+        self.try_begin_outbound(key, place, rules_generation, now_ms)
+            .or(stale)
+            .map_or(Outbound::Unknown, Outbound::To)
     }
 
     /// Whether a packet that came through a tunnel of `peer` may pass.
     #[inline]
     pub fn inbound(&mut self, key: &FlowKey, peer: u64, now_ms: u64) -> Inbound {
-        let Some(found) = self.find(key, now_ms) else {
-            return Inbound::Unknown;
-        };
-        if found.peer != peer {
-            return Inbound::Unknown;
+        let place = self.place(key);
+        let rules_generation = self.rules_generation();
+        let mut is_refused = false;
+        for (number, table) in self.tables.iter().enumerate() {
+            let found = find(table, place, key, rules_generation, now_ms);
+            let Some(row) = found.filter(|row| row.verdict.peer == peer) else {
+                continue;
+            };
+            match row.verdict.of(Direction::Inbound) {
+                ALLOW => {
+                    table.note(place.bucket, &row, now_ms);
+                    if number != OWN {
+                        self.settle_whose(key, place, &row, now_ms);
+                    }
+                    return Inbound::Allowed;
+                }
+                REFUSE => is_refused = true,
+                _ => {}
+            }
         }
-        match found.verdicts >> INBOUND_SHIFT & VERDICT {
-            ALLOW => {
-                self.note(&found, now_ms);
+        if is_refused {
+            return Inbound::Refused;
+        }
+        self.try_begin_inbound(key, place, peer, rules_generation, now_ms)
+    }
+
+    #[inline]
+    fn place(&self, key: &FlowKey) -> Place {
+        self.tables[OWN].place(&self.seeds, key)
+    }
+
+    #[inline]
+    fn rules_generation(&self) -> u64 {
+        self.tables[CONTROLS].rules_generation()
+    }
+
+    /// Admit a flow that control leaves to readers; gives whom it is with.
+    #[cold]
+    fn try_begin_outbound(
+        &self,
+        key: &FlowKey,
+        place: Place,
+        rules_generation: u64,
+        now_ms: u64,
+    ) -> Option<u64> {
+        let pair = self.pair(key, rules_generation, now_ms)?;
+        let may_begin = pair.of(Direction::Outbound) == ALLOW;
+        if !may_begin || self.peers.tunnel(pair.peer).is_none() {
+            return None;
+        }
+        self.begin(key, place, &pair, Direction::Outbound, now_ms);
+        Some(pair.peer)
+    }
+
+    /// Admit a flow that control leaves to readers.
+    #[cold]
+    fn try_begin_inbound(
+        &self,
+        key: &FlowKey,
+        place: Place,
+        peer: u64,
+        rules_generation: u64,
+        now_ms: u64,
+    ) -> Inbound {
+        match self.pair(key, rules_generation, now_ms) {
+            Some(pair) if pair.peer == peer && pair.of(Direction::Inbound) == ALLOW => {
+                self.begin(key, place, &pair, Direction::Inbound, now_ms);
                 Inbound::Allowed
             }
-            REFUSE => Inbound::Refused,
             _ => Inbound::Unknown,
         }
     }
 
-    #[inline]
-    fn note(&self, found: &Found, now_ms: u64) {
-        if found.note {
-            self.seen.word(found.seen).store(now_ms, Ordering::Relaxed);
-        }
+    /// What control says of all flows between these two addresses, if it holds.
+    fn pair(&self, key: &FlowKey, rules_generation: u64, now_ms: u64) -> Option<Verdict> {
+        let pair = key.pair();
+        let place = self.place(&pair);
+        let row = find(
+            &self.tables[CONTROLS],
+            place,
+            &pair,
+            rules_generation,
+            now_ms,
+        )?;
+        Some(row.verdict)
     }
 
-    /// The row of a flow, if it holds.
-    #[inline]
-    fn find(&self, key: &FlowKey, now_ms: u64) -> Option<Found> {
-        let hashed = flow_hash(&self.seeds, key);
-        let bucket = (hashed >> 40) as usize & self.mask;
-        let tag = hashed as u32 | 1;
-        let at = ROWS_AT + bucket * size_of::<Bucket>();
-        for number in 0..BUCKET_ROWS {
-            let half = (at + TAGS_AT) / 4 + number;
-            if self.flows.half(half).load(Ordering::Relaxed) != tag {
-                continue;
-            }
-            let word = (at + ROWS_IN_BUCKET_AT + number * size_of::<FlowRow>()) / 8;
-            if let Some((rules_generation, peer, rest)) = self.read(word, key) {
-                let seen = ROWS_AT_WORD + bucket * BUCKET_ROWS + number;
-                return self.judge(rules_generation, peer, rest, seen, now_ms);
-            }
-        }
-        None
-    }
-
-    /// Rules generation, peer and the last word of a row that is whole and has this key.
-    #[inline]
-    fn read(&self, word: usize, key: &FlowKey) -> Option<(u32, u64, u64)> {
-        let half = 2 * word;
-        let load = |number: usize| self.flows.word(word + number).load(Ordering::Relaxed);
-        for _ in 0..TRIES {
-            let sequence = self.flows.half(half).load(Ordering::Acquire);
-            if sequence & 1 != 0 {
-                return None;
-            }
-            let rules_generation = self.flows.half(half + RULES_HALF).load(Ordering::Relaxed);
-            let found: [u64; 5] = std::array::from_fn(|number| load(KEY_WORD + number));
-            let (peer, rest) = (load(PEER_WORD), load(REST_WORD));
-            fence(Ordering::Acquire);
-            if self.flows.half(half).load(Ordering::Relaxed) != sequence {
-                continue;
-            }
-            return (found == key.0).then_some((rules_generation, peer, rest));
-        }
-        None
-    }
-
-    #[inline]
-    fn judge(
+    fn begin(
         &self,
-        rules_generation: u32,
-        peer: u64,
-        rest: u64,
-        seen: usize,
+        key: &FlowKey,
+        place: Place,
+        pair: &Verdict,
+        direction: Direction,
         now_ms: u64,
-    ) -> Option<Found> {
-        let (timeout_ms, verdicts) = (rest as u32, (rest >> 32) as u32);
-        let current = self.flows.word(RULES_GENERATION).load(Ordering::Relaxed);
-        // Signed: another process may have noted a packet that it received later than we did ours.
-        let age = i128::from(now_ms) - i128::from(self.seen.word(seen).load(Ordering::Relaxed));
-        if u64::from(rules_generation) != current || age >= i128::from(timeout_ms) {
-            return None;
-        }
-        Some(Found {
-            seen,
-            peer,
-            verdicts,
-            note: age >= i128::from((timeout_ms >> 3).min(SEEN_STEP_MS)),
-        })
+    ) {
+        let origin = admission::origin(&self.tables, place, key, pair, direction, now_ms);
+        self.admit(key, place, pair, origin, now_ms);
     }
-}
 
-/// The hash of a key with the table's six seeds: `shm_flows.flow_hash`, three multiply-folds.
-#[inline]
-pub fn flow_hash(seeds: &[u64; 6], key: &FlowKey) -> u64 {
-    let [a, b, c, d, e] = key.0;
-    let [p, q, r, s, t, u] = *seeds;
-    fold(fold(a ^ p, b ^ q) ^ e ^ t, fold(c ^ r, d ^ s) ^ u)
-}
-
-/// The low half of the 128-bit product xor its high half.
-#[inline]
-fn fold(left: u64, right: u64) -> u64 {
-    let product = u128::from(left) * u128::from(right);
-    product as u64 ^ (product >> 64) as u64
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_hash_is_pythons() {
-        // By `shm_flows.flow_hash`, for `pack_key` of 10.42.0.1:1234 -> 10.42.0.2:443 TCP and others.
-        let seeds =
-            std::array::from_fn(|each| 0x9E37_79B9_7F4A_7C15_u64.wrapping_mul(each as u64 + 1));
-        for (key, expected) in HASHES {
-            assert_eq!(flow_hash(&seeds, &FlowKey(key)), expected, "{key:x?}");
+    /// Another table has this flow with the packet's peer. If the own one has it with another one, who no longer has
+    /// the address, answers would go to that one.
+    fn settle_whose(&self, key: &FlowKey, place: Place, found: &Row, now_ms: u64) {
+        let own = self.tables[OWN].find(place, key);
+        if own.is_some_and(|row| row.verdict.peer != found.verdict.peer) {
+            let origin = found.verdict.origin().unwrap_or(Direction::Inbound);
+            self.admit(key, place, &found.verdict, origin, now_ms);
         }
     }
 
-    #[test]
-    fn nothing_overflows_in_the_hash() {
-        assert_eq!(flow_hash(&[0; 6], &FlowKey([u64::MAX; 5])), PYTHONS_OF_ONES);
-        assert_eq!(flow_hash(&[0; 6], &FlowKey([0; 5])), 0);
+    /// Allow a flow both ways in the own table, with the peer and of the rules that `by` is of.
+    fn admit(&self, key: &FlowKey, place: Place, by: &Verdict, origin: Direction, now_ms: u64) {
+        let timeout_ms = self.tables[CONTROLS].timeout_ms(key.protocol());
+        let verdict = Verdict::allow(by.rules_generation, by.peer, timeout_ms, origin);
+        let evicts = admission::store(&self.tables[OWN], place, key, verdict, now_ms);
+        self.stats.add(self.stats.slots.flows_admitted, 1);
+        if evicts {
+            self.stats.add(self.stats.slots.flows_evicted, 1);
+        }
     }
+}
 
-    const HASHES: [([u64; 5], u64); 3] = [
-        (
-            [
-                0x0000_0000_0100_2A0A,
-                0x0000_0000_0000_0000,
-                0x0000_0000_0200_2A0A,
-                0x0000_0000_0000_0000,
-                0x0000_0006_01BB_04D2,
-            ],
-            0xDCBB_3D1D_E5F3_22D4,
-        ),
-        (
-            [
-                0x0000_0000_4200_00FD,
-                0x0100_0000_0000_0000,
-                0x0000_0000_4200_00FD,
-                0x0200_0000_0000_0000,
-                0x0000_0311_FFFF_0035,
-            ],
-            0x2FDD_BB3D_AE2C_F51A,
-        ),
-        (
-            [
-                0x0000_0000_0000_0000,
-                0x0000_0000_0000_0000,
-                0x0000_0000_FFFF_FFFF,
-                0x0000_0000_0000_0000,
-                0x0000_0001_0000_0000,
-            ],
-            0x5DA2_00E5_EB68_0094,
-        ),
-    ];
-    const PYTHONS_OF_ONES: u64 = 0x0000_0000_0000_0000;
+/// The row of a flow, if it holds.
+#[inline]
+fn find(
+    table: &FlowRows,
+    place: Place,
+    key: &FlowKey,
+    rules_generation: u64,
+    now_ms: u64,
+) -> Option<Row> {
+    table
+        .find(place, key)
+        .filter(|row| row.holds(rules_generation, now_ms))
 }
 
 #[cfg(all(test, not(miri)))]
-mod table_tests {
-    use super::*;
-    use crate::layout::{FLOWS, SEEN};
-    use crate::testing::Memory;
-
-    const BUCKETS: usize = 4;
-    const PEER: u64 = 3 << 32 | 9;
-    const BOTH: u32 = ALLOW | ALLOW << INBOUND_SHIFT;
-    const RULES: u32 = 5;
-    const SEEDED: [u64; 6] = [11, 22, 33, 44, 55, 66];
-    const NOW: u64 = 1_000_000;
-
-    struct Table {
-        flows: Memory,
-        seen: Memory,
-        view: FlowView,
-    }
-
-    /// A row that control wrote, and where.
-    #[derive(Clone, Copy)]
-    struct Row {
-        number: usize,
-        sequence: u32,
-        rules: u32,
-        peer: u64,
-        timeout_ms: u32,
-        verdicts: u32,
-        seen_ms: u64,
-    }
-
-    const ROW: Row = Row {
-        number: 6,
-        sequence: 8,
-        rules: RULES,
-        peer: PEER,
-        timeout_ms: 16_000,
-        verdicts: BOTH,
-        seen_ms: NOW,
-    };
-
-    fn regions(buckets: usize, seen_rows: usize) -> (Memory, Memory) {
-        let flows = Memory::new(&FLOWS, ROWS_AT + 512 * buckets, &[buckets as u64]);
-        let seen = Memory::new(&SEEN, ROWS_AT + 8 * seen_rows, &[seen_rows as u64]);
-        for (number, seed) in SEEDED.into_iter().enumerate() {
-            flows.patch_word(SEEDS + number, seed);
-        }
-        flows.patch_word(RULES_GENERATION, u64::from(RULES));
-        (flows, seen)
-    }
-
-    fn table() -> Table {
-        let (flows, seen) = regions(BUCKETS, BUCKETS * BUCKET_ROWS);
-        let view = FlowView::new(flows.read_only(), seen.writable()).unwrap();
-        Table { flows, seen, view }
-    }
-
-    fn key(number: u64) -> FlowKey {
-        FlowKey([0x0100_2A0A, 0, 0x0200_2A0A, 0, 443 << 16 | 6 << 32 | number])
-    }
-
-    fn place(key: &FlowKey) -> (usize, u32) {
-        let hashed = flow_hash(&SEEDED, key);
-        ((hashed >> 40) as usize % BUCKETS, hashed as u32 | 1)
-    }
-
-    impl Table {
-        fn put(&self, key: &FlowKey, row: Row) {
-            let (bucket, tag) = place(key);
-            let at = ROWS_AT + 512 * bucket;
-            self.flows
-                .patch(at + 8 + 4 * row.number, &tag.to_le_bytes());
-            let mut bytes = Vec::new();
-            bytes.extend(row.sequence.to_le_bytes());
-            bytes.extend(row.rules.to_le_bytes());
-            bytes.extend(key.to_bytes());
-            bytes.extend(row.peer.to_le_bytes());
-            bytes.extend(row.timeout_ms.to_le_bytes());
-            bytes.extend(row.verdicts.to_le_bytes());
-            assert_eq!(bytes.len(), 64);
-            self.flows.patch(at + 64 + 64 * row.number, &bytes);
-            let slot = bucket * BUCKET_ROWS + row.number;
-            self.seen.patch_word(ROWS_AT_WORD + slot, row.seen_ms);
-        }
-
-        fn seen_ms(&self, key: &FlowKey, number: usize) -> u64 {
-            self.seen
-                .word(ROWS_AT_WORD + place(key).0 * BUCKET_ROWS + number)
-        }
-
-        fn ask(&mut self, key: &FlowKey) -> (Outbound, Inbound) {
-            (
-                self.view.outbound(key, NOW),
-                self.view.inbound(key, PEER, NOW),
-            )
-        }
-    }
-
-    const UNKNOWN: (Outbound, Inbound) = (Outbound::Unknown, Inbound::Unknown);
-    const ALLOWED: (Outbound, Inbound) = (Outbound::To(PEER), Inbound::Allowed);
-
-    #[test]
-    fn a_flow_that_is_not_there_is_controls_to_decide() {
-        assert_eq!(table().ask(&key(1)), UNKNOWN);
-    }
-
-    #[test]
-    fn an_allowed_flow_is_allowed_both_ways_in_whatever_row_it_is() {
-        for number in 0..BUCKET_ROWS {
-            let mut table = table();
-            table.put(&key(1), Row { number, ..ROW });
-            assert_eq!(table.ask(&key(1)), ALLOWED);
-            assert_eq!(table.ask(&key(2)), UNKNOWN);
-        }
-    }
-
-    #[test]
-    fn verdicts_are_for_one_direction_each() {
-        let cases = [
-            (0, UNKNOWN),
-            (ALLOW, (Outbound::To(PEER), Inbound::Unknown)),
-            (REFUSE, (Outbound::Refused, Inbound::Unknown)),
-            (REFUSE << 2, (Outbound::Unknown, Inbound::Refused)),
-            (ALLOW << 2, (Outbound::Unknown, Inbound::Allowed)),
-            (REFUSE | REFUSE << 2, (Outbound::Refused, Inbound::Refused)),
-            (3 | 3 << 2, UNKNOWN),
-            (0xFFFF_FFF0 | BOTH, ALLOWED),
-        ];
-        for (verdicts, expected) in cases {
-            let mut table = table();
-            table.put(&key(1), Row { verdicts, ..ROW });
-            assert_eq!(table.ask(&key(1)), expected, "{verdicts:#x}");
-        }
-    }
-
-    #[test]
-    fn another_peers_packet_is_not_of_this_flow() {
-        let mut table = table();
-        table.put(&key(1), ROW);
-        for peer in [PEER + 1, PEER + (1 << 32), 0] {
-            assert_eq!(table.view.inbound(&key(1), peer, NOW), Inbound::Unknown);
-        }
-    }
-
-    #[test]
-    fn what_is_allowed_to_nobody_is_refused() {
-        let mut table = table();
-        table.put(&key(1), Row { peer: 0, ..ROW });
-        assert_eq!(table.view.outbound(&key(1), NOW), Outbound::Refused);
-    }
-
-    #[test]
-    fn rows_of_other_rules_do_not_hold() {
-        let mut table = table();
-        table.put(&key(1), ROW);
-        table
-            .flows
-            .patch_word(RULES_GENERATION, u64::from(RULES) + 1);
-        assert_eq!(table.ask(&key(1)), UNKNOWN);
-        // Not cut to 32 bits.
-        table
-            .flows
-            .patch_word(RULES_GENERATION, u64::from(RULES) | 1 << 32);
-        assert_eq!(table.ask(&key(1)), UNKNOWN);
-    }
-
-    #[test]
-    fn a_flow_holds_until_its_timeout_is_over() {
-        let cases = [
-            (15_999, 16_000, true),
-            (16_000, 16_000, false),
-            (0, 0, false),
-            (NOW, u32::MAX, true),
-        ];
-        for (age, timeout_ms, holds) in cases {
-            let mut table = table();
-            let seen_ms = NOW - age;
-            table.put(
-                &key(1),
-                Row {
-                    seen_ms,
-                    timeout_ms,
-                    ..ROW
-                },
-            );
-            assert_eq!(table.ask(&key(1)) == ALLOWED, holds, "{age} {timeout_ms}");
-        }
-    }
-
-    #[test]
-    fn a_packet_from_the_future_ends_no_flow() {
-        for seen_ms in [NOW + 1, u64::MAX] {
-            for timeout_ms in [0, 8, 16_000] {
-                let mut table = table();
-                table.put(
-                    &key(1),
-                    Row {
-                        seen_ms,
-                        timeout_ms,
-                        ..ROW
-                    },
-                );
-                assert_eq!(table.ask(&key(1)), ALLOWED);
-                assert_eq!(table.seen_ms(&key(1), 6), seen_ms);
-            }
-        }
-    }
-
-    #[test]
-    fn a_packet_is_noted_after_a_second_or_an_eighth_of_the_timeout() {
-        let cases = [
-            (16_000, 1000, true),
-            (16_000, 999, false),
-            (4000, 500, true),
-            (4000, 499, false),
-            (7, 0, true),
-        ];
-        for (timeout_ms, age, noted) in cases {
-            for inbound in [false, true] {
-                let mut table = table();
-                let seen_ms = NOW - age;
-                table.put(
-                    &key(1),
-                    Row {
-                        seen_ms,
-                        timeout_ms,
-                        ..ROW
-                    },
-                );
-                if inbound {
-                    table.view.inbound(&key(1), PEER, NOW);
-                } else {
-                    table.view.outbound(&key(1), NOW);
-                }
-                let expected = if noted { NOW } else { seen_ms };
-                assert_eq!(table.seen_ms(&key(1), 6), expected, "{timeout_ms} {age}");
-            }
-        }
-    }
-
-    #[test]
-    fn a_refusal_is_not_refreshed_by_packets() {
-        let mut table = table();
-        let verdicts = REFUSE | REFUSE << 2;
-        table.put(
-            &key(1),
-            Row {
-                verdicts,
-                seen_ms: NOW - 5000,
-                ..ROW
-            },
-        );
-        assert_eq!(table.ask(&key(1)), (Outbound::Refused, Inbound::Refused));
-        assert_eq!(table.seen_ms(&key(1), 6), NOW - 5000);
-    }
-
-    #[test]
-    fn a_row_that_is_being_written_is_a_miss() {
-        let mut table = table();
-        table.put(&key(1), Row { sequence: 9, ..ROW });
-        assert_eq!(table.ask(&key(1)), UNKNOWN);
-    }
-
-    #[test]
-    fn behind_a_torn_row_and_another_key_with_its_tag_the_flow_is_found() {
-        let mut table = table();
-        let (bucket, tag) = place(&key(1));
-        for (number, sequence) in [(0, 3), (1, 4)] {
-            // Of another flow, or of none that could be read.
-            let at = ROWS_AT + 512 * bucket;
-            table.flows.patch(at + 8 + 4 * number, &tag.to_le_bytes());
-            table
-                .flows
-                .patch(at + 64 + 64 * number, &u32::to_le_bytes(sequence));
-        }
-        table.put(&key(1), ROW);
-        assert_eq!(table.ask(&key(1)), ALLOWED);
-    }
-
-    #[test]
-    fn a_change_of_the_row_is_seen_at_once() {
-        let mut table = table();
-        table.put(&key(1), ROW);
-        assert_eq!(table.ask(&key(1)), ALLOWED);
-        table.put(
-            &key(1),
-            Row {
-                sequence: 10,
-                verdicts: REFUSE,
-                ..ROW
-            },
-        );
-        assert_eq!(table.ask(&key(1)), (Outbound::Refused, Inbound::Unknown));
-    }
-
-    #[test]
-    fn tables_that_do_not_fit_each_other_are_refused() {
-        let said = |buckets, seen_rows| {
-            let (flows, seen) = regions(buckets, seen_rows);
-            let view = FlowView::new(flows.read_only(), seen.writable());
-            view.err().unwrap().to_string()
-        };
-        let expected = "shared memory 'flows': number of buckets is 3, expected a power of two";
-        assert_eq!(said(3, 21), expected);
-        let expected = "shared memory 'flows last seen': number of rows is 27, expected 28";
-        assert_eq!(said(4, 27), expected);
-    }
-
-    #[test]
-    fn a_row_is_never_read_half_of_one_and_half_of_another() {
-        let mut table = table();
-        table.put(&key(1), ROW);
-        let descriptor = table.flows.writer();
-        let done = std::sync::atomic::AtomicBool::new(false);
-        std::thread::scope(|scope| {
-            scope.spawn(|| {
-                let flows = Region::attach(descriptor, &FLOWS, true, "").unwrap();
-                let word = (ROWS_AT + 512 * place(&key(1)).0 + 64 + 64 * 6) / 8;
-                let half = flows.half(2 * word);
-                // A refusal has peer 7, what is allowed has PEER.
-                for round in 0..200_000_u32 {
-                    let sequence = half.load(Ordering::Relaxed);
-                    half.store(sequence | 1, Ordering::Relaxed);
-                    fence(Ordering::Release);
-                    let (peer, verdicts) = if round % 2 == 0 {
-                        (7, REFUSE << 2)
-                    } else {
-                        (PEER, BOTH)
-                    };
-                    flows.word(word + PEER_WORD).store(peer, Ordering::Relaxed);
-                    let rest = 16_000 | u64::from(verdicts) << 32;
-                    flows.word(word + REST_WORD).store(rest, Ordering::Relaxed);
-                    half.store(sequence.wrapping_add(2), Ordering::Release);
-                }
-                done.store(true, Ordering::Release);
-            });
-            while !done.load(Ordering::Acquire) {
-                let verdict = table.view.inbound(&key(1), PEER, NOW);
-                assert_ne!(verdict, Inbound::Refused);
-                let verdict = table.view.inbound(&key(1), 7, NOW);
-                assert_ne!(verdict, Inbound::Allowed);
-            }
-        });
-    }
-}
+mod tests;

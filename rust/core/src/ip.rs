@@ -39,6 +39,8 @@ const ECHO_REPLY: u8 = 129;
 const OFFSET_MASK: u16 = 0x1FFF;
 const KIND_FRAGMENT: u8 = 1;
 const KIND_IPV6: u8 = 2;
+/// Of no packet: all flows between two addresses.
+const KIND_PAIR: u8 = 4;
 
 /// A packet, header chain or transport header that ends too early, or contradicts itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,7 +59,30 @@ impl FlowKey {
         let mut address = [0; 16];
         address[..8].copy_from_slice(&self.0[2].to_le_bytes());
         address[8..].copy_from_slice(&self.0[3].to_le_bytes());
-        (address, self.0[4] >> 40 & u64::from(KIND_IPV6) != 0)
+        (address, self.kind() & KIND_IPV6 != 0)
+    }
+
+    /// Of the upper layer.
+    #[inline]
+    pub fn protocol(&self) -> u8 {
+        (self.0[4] >> 32) as u8
+    }
+
+    /// What stands for all flows between the two ends of this one.
+    pub fn pair(&self) -> Self {
+        let [a, b, c, d, _] = self.0;
+        let kind = self.kind() & KIND_IPV6 | KIND_PAIR;
+        Self([a, b, c, d, u64::from(kind) << 40])
+    }
+
+    /// Whether this is what `pair` gives.
+    pub fn is_pair(&self) -> bool {
+        self.kind() & KIND_PAIR != 0
+    }
+
+    #[inline]
+    fn kind(&self) -> u8 {
+        (self.0[4] >> 40) as u8
     }
 
     /// The 40 bytes.

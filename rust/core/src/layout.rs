@@ -32,6 +32,10 @@ pub const RULES_GENERATION: usize = HEADER_WORDS;
 pub const SEEDS: usize = HEADER_WORDS + 1;
 /// How many seeds there are.
 pub const SEED_COUNT: usize = 6;
+/// Flows: index of the first word that says how long a flow holds that a reader admits: TCP, UDP, anything else.
+pub const TIMEOUTS: usize = SEEDS + SEED_COUNT;
+/// How many of them there are.
+pub const TIMEOUT_COUNT: usize = 3;
 /// Span: index of the word that says whether its worker will still send what it sealed.
 pub const LIVE: usize = HEADER_WORDS;
 /// Span: index of the word that says from which row on none was ever written.
@@ -60,7 +64,10 @@ pub const KEYS: Layout = layout("tunnel keys", b"nmp:keys");
 /// Current tunnel of each peer.
 pub const PEERS: Layout = layout("peers", b"nmp:peer");
 /// Verdicts by inner addresses and ports.
-pub const FLOWS: Layout = layout("flows", b"nmp:flow");
+pub const FLOWS: Layout = Layout {
+    version: 2,
+    ..layout("flows", b"nmp:flow")
+};
 /// When each flow last had a packet.
 pub const SEEN: Layout = layout("flows last seen", b"nmp:seen");
 /// Send counter of each tunnel.
@@ -232,6 +239,7 @@ pub fn offsets() -> Vec<(String, usize, usize)> {
         ("GENERATION", GENERATION, 1),
         ("RULES_GENERATION", RULES_GENERATION, 1),
         ("SEEDS", SEEDS, SEED_COUNT),
+        ("TIMEOUTS", TIMEOUTS, TIMEOUT_COUNT),
         ("LIVE", LIVE, 1),
         ("TOUCHED", TOUCHED, 1),
         ("HEAD", HEAD, 1),

@@ -7,11 +7,12 @@
 //! ```
 //!
 //! Bottom-up: `error`, `header`, `checksum`, `ip`, `virtio`, `segment`, `coalesce`, `aead`, `replay` (pure) -> `words`,
-//! `region`, `layout` (memory) -> `cursors`, `ring`, `stats`, `tunnels`, `peers`, `flows`, `ledger`, `counters`,
-//! `windows` (shared structures) -> `filler`, `upcalls` -> `sys` (system calls) -> `runs`, `outlet`, `tun_queue`,
+//! `region`, `layout` (memory) -> `cursors`, `ring`, `stats`, `tunnels`, `peers`, `flow_rows`, `admission`, `flows`,
+//! `ledger`, `counters`, `windows` (shared structures) -> `filler`, `upcalls` -> `sys` (system calls) -> `runs`, `outlet`, `tun_queue`,
 //! `sealer`, `delivery`, `opener`, `drains`.
 //! Knows no policy, no process and nothing of Python; allocates nothing for a packet.
 
+pub mod admission;
 pub mod aead;
 pub mod checksum;
 pub mod coalesce;
@@ -21,6 +22,7 @@ pub mod delivery;
 pub mod drains;
 pub mod error;
 pub mod filler;
+pub mod flow_rows;
 pub mod flows;
 pub mod header;
 pub mod ip;

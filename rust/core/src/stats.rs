@@ -44,6 +44,8 @@ slots! {
     upcalls = "mp.upcalls",
     upcalls_limited = "mp.upcalls.limited",
     strangers = "mp.strangers",
+    flows_admitted = "mp.flows.admitted",
+    flows_evicted = "mp.flows.evicted",
     counter_span = "mp.counter.span",
     tun_again = "mp.tun.again",
     tun_split = "mp.tun.split",

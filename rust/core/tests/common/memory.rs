@@ -13,7 +13,7 @@ pub const PAGE: usize = 4096;
 pub const ROWS: usize = 64;
 
 /// As `nebula_mp.shm_stats.NAMES`, of which the order matters to nobody but the page's own readers.
-pub const NAMES: [&str; 62] = [
+pub const NAMES: [&str; 64] = [
     "mp.passes",
     "mp.cpu.us",
     "mp.tun.rx.packets",
@@ -34,6 +34,8 @@ pub const NAMES: [&str; 62] = [
     "mp.upcalls",
     "mp.upcalls.limited",
     "mp.strangers",
+    "mp.flows.admitted",
+    "mp.flows.evicted",
     "mp.counter.span",
     "mp.counter.busy",
     "mp.tun.again",
@@ -82,7 +84,7 @@ pub fn region(magic: &'static [u8; 8], size: usize, parameters: &[u64]) -> Memor
     let layout = Layout {
         name: "test",
         magic,
-        version: 1,
+        version: if magic == b"nmp:flow" { 2 } else { 1 },
     };
     Memory::new(&layout, size, parameters)
 }

@@ -18,6 +18,7 @@ use nebula_mp_core::flows::{flow_hash, FlowView};
 use nebula_mp_core::header::{HEADER_BYTES, MESSAGE, TAG_BYTES, VERSION};
 use nebula_mp_core::ip::parse_flow;
 use nebula_mp_core::opener::{Network, Offloads, Opener};
+use nebula_mp_core::peers::PeerView;
 use nebula_mp_core::ring::{Consumer, Entry, Recovery};
 use nebula_mp_core::sealer::Shared;
 use nebula_mp_core::segment::Cut;
@@ -115,6 +116,9 @@ pub struct Host {
     keys: Memory,
     flows: Memory,
     seen: Memory,
+    own_flows: Memory,
+    own_seen: Memory,
+    peers: Memory,
     windows: Memory,
     traffic: Memory,
     stats: Memory,
@@ -181,6 +185,9 @@ impl Host {
             tunnels: rows(b"nmp:tunl", 128, ROWS),
             keys: rows(b"nmp:keys", 64, ROWS),
             seen: rows(b"nmp:seen", 8, BUCKETS * 7),
+            own_flows: rows(b"nmp:flow", 512, BUCKETS),
+            own_seen: rows(b"nmp:seen", 8, BUCKETS * 7),
+            peers: rows(b"nmp:peer", 8, ROWS),
             windows: rows(b"nmp:wind", 2112, ROWS),
             traffic: rows(b"nmp:traf", 64, ROWS),
             flows,
@@ -250,9 +257,16 @@ impl Host {
         let stats = Rc::new(page(&self.stats));
         let bell = self.bell.as_raw_fd();
         let Plan { limits, poison, .. } = self.plan;
+        let flows = FlowView::new(
+            vec![self.own_flows.writable(), self.flows.read_only()],
+            vec![self.own_seen.writable(), self.seen.writable()],
+            0,
+            PeerView::new(self.peers.read_only()).unwrap(),
+            Rc::clone(&stats),
+        );
         let shared = Shared {
             tunnels: TunnelView::new(self.tunnels.read_only(), self.keys.read_only()).unwrap(),
-            flows: FlowView::new(self.flows.read_only(), self.seen.writable()).unwrap(),
+            flows: flows.unwrap(),
             traffic: Traffic::new(self.traffic.writable()).unwrap(),
             upcalls: Upcalls::new(
                 self.upcall.producer(poison),

@@ -12,6 +12,7 @@ use nebula_mp_core::filler::Filler;
 use nebula_mp_core::flows::{flow_hash, FlowView};
 use nebula_mp_core::ip::parse_flow;
 use nebula_mp_core::peers::PeerView;
+use nebula_mp_core::region::Region;
 use nebula_mp_core::ring::{Consumer, Entry, Recovery};
 use nebula_mp_core::sealer::{Sealer, Shared};
 use nebula_mp_core::stats::StatsPage;
@@ -87,6 +88,8 @@ pub struct Site {
     peers: Memory,
     flows: Memory,
     seen: Memory,
+    /// The readers' own tables of flows, and when those last had a packet.
+    own_flows: Vec<(Memory, Memory)>,
     send: Memory,
     spans: Vec<Memory>,
     traffic: Vec<Memory>,
@@ -143,6 +146,13 @@ impl Site {
             store_word(&flows, 72 + 8 * each, seed(each));
         }
         let each_worker = 0..shape.workers;
+        let own_flows = each_worker.clone().map(|_| {
+            (
+                rows(b"nmp:flow", 512, BUCKETS),
+                rows(b"nmp:seen", 8, BUCKETS * 7),
+            )
+        });
+        let own_flows = own_flows.collect();
         let seal: Vec<Ring> = each_worker
             .clone()
             .map(|_| Ring::new(shape.areas, shape.area_bytes, shape.entries))
@@ -167,6 +177,7 @@ impl Site {
             seen: rows(b"nmp:seen", 8, BUCKETS * 7),
             send: rows(b"nmp:send", 64, ROWS),
             flows,
+            own_flows,
             spans: spans.collect(),
             traffic: traffic.collect(),
             stats: stats.collect(),
@@ -217,10 +228,11 @@ impl Site {
             limits,
         );
         let (tunnels, keys) = (self.tunnels.read_only(), self.keys.read_only());
-        let (flows, seen) = (self.flows.read_only(), self.seen.writable());
+        let peers = || PeerView::new(self.peers.read_only()).unwrap();
+        let (flows, seen) = self.flow_tables(worker);
         let shared = Shared {
             tunnels: TunnelView::new(tunnels, keys).unwrap(),
-            flows: FlowView::new(flows, seen).unwrap(),
+            flows: FlowView::new(flows, seen, worker, peers(), Rc::clone(&stats)).unwrap(),
             traffic: Traffic::new(self.traffic[worker].writable()).unwrap(),
             upcalls,
             stats,
@@ -244,16 +256,30 @@ impl Site {
         let send = self.send.writable();
         let counters = SendCounters::new(send, spans, Some(worker), states, published).unwrap();
         let filler = Filler::new(self.seal[worker].producer(self.shape.poison));
-        let peers = PeerView::new(self.peers.read_only()).unwrap();
         let shared = Rc::new(RefCell::new(shared));
         Sealer::new(
             tun_fd,
             filler,
-            peers,
+            peers(),
             counters,
             shared,
             self.shape.has_header,
         )
+    }
+
+    /// As this reader has them: all readers' tables, and control's.
+    fn flow_tables(&self, worker: usize) -> (Vec<Region>, Vec<Region>) {
+        let rights = |(number, (flows, _)): (usize, &(Memory, Memory))| {
+            if number == worker {
+                flows.writable()
+            } else {
+                flows.read_only()
+            }
+        };
+        let mut flows: Vec<Region> = self.own_flows.iter().enumerate().map(rights).collect();
+        flows.push(self.flows.read_only());
+        let seen = self.own_flows.iter().map(|(_, seen)| seen.writable());
+        (flows, seen.chain([self.seen.writable()]).collect())
     }
 
     /// Let the local stack send this.
