@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
 
@@ -151,6 +152,15 @@ def test_it_travels_between_processes_but_for_the_keys_descriptor(checked: Check
     assert decode(data, key=7) == replace(checked, key=7)
     assert isinstance(decode(data).config.static_host_map, MappingProxyType)
     assert pickle.loads(pickle.dumps(checked.config)) == checked.config
+
+
+def test_a_python_that_would_fetch_enumerations_by_getattr_does_not_get_to(
+    checked: Checked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As Python 3.11.0 to 3.11.3, which is that of Debian 12.
+    monkeypatch.setattr(Enum, "__reduce_ex__", lambda self, _protocol: (getattr, (type(self), self.name)))
+
+    assert decode(encode(checked)).config == checked.config
 
 
 class Evil:
