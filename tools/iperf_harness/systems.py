@@ -12,13 +12,14 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from nebula_mp.errors import SystemCallError
+from nebula_mp.newtypes import UdpAddr
 
 CLONE = Path(__file__).resolve().parents[2]
 RELEASES = ("1.6.1", "1.9.3", "1.11.0")  # those of tools/get-peers
@@ -55,7 +56,7 @@ class Tunnel:
 
     def facts(self) -> dict[str, str]:
         """The same as a report says it."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return asdict(self)
 
 
 DEFAULT_TUNNEL = Tunnel()
@@ -90,8 +91,7 @@ class Values:
     @property
     def peer_endpoint(self) -> str:
         """Where the peer listens: `192.0.2.2:4242` or `[2001:db8::2]:4242`."""
-        peer = ip_address(self.peer_underlay)
-        return f"[{peer}]:{self.port}" if peer.version == 6 else f"{peer}:{self.port}"
+        return str(UdpAddr(ip_address(self.peer_underlay), self.port))
 
     def placeholders(self) -> dict[str, str]:
         """Every field, where the peer listens, and the paths of the configuration and of the credentials."""
