@@ -98,16 +98,14 @@ impl FlowView {
             };
             let peer = row.verdict.peer;
             match row.verdict.of(Direction::Outbound) {
-                ALLOW if peer == NOBODY => {
-                    table.note(place.bucket, &row, now_ms);
-                    return Outbound::Refused;
-                }
-                ALLOW if self.peers.tunnel(peer).is_some() => {
-                    table.note(place.bucket, &row, now_ms);
-                    return Outbound::To(peer);
-                }
                 ALLOW => {
                     table.note(place.bucket, &row, now_ms);
+                    if peer == NOBODY {
+                        return Outbound::Refused;
+                    }
+                    if self.peers.tunnel(peer).is_some() {
+                        return Outbound::To(peer);
+                    }
                     stale = stale.or(Some(peer));
                 }
                 REFUSE => is_refused = true,

@@ -4,6 +4,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::*;
 
+/// A row that had its last packet then.
+fn seen(seen_ms: u64, timeout_ms: u32) -> Put {
+    Put {
+        seen_ms,
+        timeout_ms,
+        ..ROW
+    }
+}
+
 #[test]
 fn a_flow_that_is_not_there_is_controls_to_decide() {
     assert_eq!(Tables::new().ask(&key(1)), UNKNOWN);
@@ -76,15 +85,7 @@ fn a_flow_holds_until_its_timeout_is_over() {
     for (age, timeout_ms, holds) in cases {
         let mut table = Tables::new();
         let seen_ms = NOW - age;
-        table.put(
-            CONTROL,
-            &key(1),
-            Put {
-                seen_ms,
-                timeout_ms,
-                ..ROW
-            },
-        );
+        table.put(CONTROL, &key(1), seen(seen_ms, timeout_ms));
         assert_eq!(table.ask(&key(1)) == ALLOWED, holds, "{age} {timeout_ms}");
     }
 }
@@ -94,15 +95,7 @@ fn a_packet_from_the_future_ends_no_flow() {
     for seen_ms in [NOW + 1, u64::MAX] {
         for timeout_ms in [0, 8, 16_000] {
             let mut table = Tables::new();
-            table.put(
-                CONTROL,
-                &key(1),
-                Put {
-                    seen_ms,
-                    timeout_ms,
-                    ..ROW
-                },
-            );
+            table.put(CONTROL, &key(1), seen(seen_ms, timeout_ms));
             assert_eq!(table.ask(&key(1)), ALLOWED);
             assert_eq!(table.seen_ms(CONTROL, &key(1), 6), seen_ms);
         }
@@ -122,15 +115,7 @@ fn a_packet_is_noted_after_a_second_or_an_eighth_of_the_timeout() {
         for inbound in [false, true] {
             let mut table = Tables::new();
             let seen_ms = NOW - age;
-            table.put(
-                CONTROL,
-                &key(1),
-                Put {
-                    seen_ms,
-                    timeout_ms,
-                    ..ROW
-                },
-            );
+            table.put(CONTROL, &key(1), seen(seen_ms, timeout_ms));
             if inbound {
                 table.view.inbound(&key(1), PEER, NOW);
             } else {
