@@ -188,11 +188,11 @@ class Memory:
             tunnels=tables.tunnels.descriptor,
             keys=tables.keys.descriptor,
             peers=tables.peers.descriptor,
-            flows=_own_writable(tables.flows, len(tables.flows) - 1),
+            flows=own_writable(tables.flows, len(tables.flows) - 1),
             seen=tuple(each.descriptor for each in tables.seen),
             send=tables.send.descriptor,
             spans=tuple(span.read_only for span in tables.spans),
-            traffic=_own_writable(tables.traffic, len(tables.traffic) - 1),
+            traffic=own_writable(tables.traffic, len(tables.traffic) - 1),
             journal=tables.journal.descriptor,
             locks=tables.locks.descriptor,
             seal_states=self._seal_states(),
@@ -253,11 +253,11 @@ class Memory:
             tunnels=tables.tunnels.read_only,
             keys=tables.keys.read_only,
             peers=tables.peers.read_only,
-            flows=_own_writable(tables.flows, number),
+            flows=own_writable(tables.flows, number),
             seen=tuple(each.descriptor for each in tables.seen),
             send=tables.send.descriptor,
             windows=tables.windows.descriptor,
-            spans=_own_writable(tables.spans, number),
+            spans=own_writable(tables.spans, number),
             traffic=tables.traffic[number].descriptor,
             locks=tables.locks.descriptor,
             seal_ring=_to_fill(self._seal[number]),
@@ -374,8 +374,8 @@ class Memory:
             output.write(line, clock.monotonic())
 
 
-def _own_writable(regions: Sequence[Region], own: int) -> tuple[int, ...]:
-    """Descriptors of regions of which one is the process's own."""
+def own_writable(regions: Sequence[Region], own: int) -> tuple[int, ...]:
+    """Descriptors of regions of which the process writes only its own; the others read-only."""
     return tuple(
         region.descriptor if number == own else region.read_only for number, region in enumerate(regions)
     )

@@ -40,6 +40,7 @@ from nebula_mp.shm_table import FLOWS, PEERS, ROWS_AT, SEEN, SEND_ROW, PeerRef
 from nebula_mp.shm_tunnels import TunnelFields, TunnelState
 from nebula_mp.wire.header import Header, MessageType
 from nebula_mp.wire.ip import parse_flow
+from nebula_mp.workers.memory import own_writable
 from tests.support import native, rings, tables
 from tests.support.packets import UDP, ip, udp
 
@@ -129,16 +130,11 @@ class Site:
             tunnels=made.tunnels.read_only,
             keys=made.keys.read_only,
             peers=made.peers.read_only,
-            flows=tuple(
-                each.descriptor if number == worker else each.read_only
-                for number, each in enumerate(made.flows)
-            ),
+            flows=own_writable(made.flows, worker),
             seen=tuple(each.descriptor for each in made.seen),
             send=made.send.descriptor,
             windows=made.windows.descriptor,
-            spans=tuple(
-                span.descriptor if each == worker else span.read_only for each, span in enumerate(made.spans)
-            ),
+            spans=own_writable(made.spans, worker),
             traffic=made.traffic[worker].descriptor,
             locks=made.locks.descriptor,
             seal_ring=_filled(self.seal[worker]),

@@ -25,6 +25,7 @@ from nebula_mp.shm_flows import FlowView
 from nebula_mp.shm_peers import PeerView
 from nebula_mp.shm_table import FLOWS, KEYS, PEERS, SEEN, TUNNELS, PeerRef, Tables
 from nebula_mp.shm_tunnels import TunnelView
+from nebula_mp.workers.memory import own_writable
 from nebula_mp.workers.parts import TableFds
 from nebula_mp.workers.tables import ShmPlane
 from tests.support.pki import ANY_TIME, Pki
@@ -127,11 +128,11 @@ class Memory:
             tunnels=tables.tunnels.descriptor,
             keys=tables.keys.descriptor,
             peers=tables.peers.descriptor,
-            flows=(*(each.read_only for each in tables.flows[:-1]), tables.flows[-1].descriptor),
+            flows=own_writable(tables.flows, self.workers),
             seen=tuple(each.descriptor for each in tables.seen),
             send=tables.send.descriptor,
             spans=tuple(span.read_only for span in tables.spans),
-            traffic=(*(each.read_only for each in tables.traffic[:-1]), tables.traffic[-1].descriptor),
+            traffic=own_writable(tables.traffic, self.workers),
             journal=tables.journal.descriptor,
             locks=tables.locks.descriptor,
             seal_states=tuple(ring.state.read_only for ring in self.rings),
