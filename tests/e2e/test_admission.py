@@ -6,7 +6,7 @@ from ipaddress import IPv4Address
 
 import pytest
 
-from tests.e2e.conftest import MakePair
+from tests.e2e.conftest import BESIDE_THE_NATIVE, MakePair
 from tests.support.nodes import DEVICE, Pair, Variant, log_has
 from tests.support.peers import OURS
 from tests.support.traffic import Endpoint, ping
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.e2e
 
 BASIC = Variant("v1-25519")
 CONNECTIONS = 200
-KERNELS = pytest.mark.parametrize("kernel", ["python", ""], indirect=True, ids=["python", "best"])
+KERNELS = pytest.mark.parametrize("kernel", ["", *BESIDE_THE_NATIVE], indirect=True)
 
 
 def ends_of(pair: Pair) -> tuple[Endpoint, Endpoint]:
