@@ -98,15 +98,13 @@ class Admission:
         if found is self._views[0]:
             return
         named = self._own.peer(key)
-        if named is None or named == peer:
+        if named is None:
             if len(self._not_own) >= _NOT_OWN_MAX:
                 self._not_own.clear()
-            if named is None:
-                self._not_own.add(key)
-            return
-        began_inbound = found.origin(key, now_ms)
-        generation = self._own.rules_generation
-        self._write(key, peer, generation, now_ms, inbound=True if began_inbound is None else began_inbound)
+            self._not_own.add(key)
+        elif named != peer:
+            inbound = found.origin(key, now_ms) is not False  # also where it is not said
+            self._write(key, peer, self._own.rules_generation, now_ms, inbound=inbound)
 
     def _admit(self, key: FlowKey, pair: Pair, now_ms: int, *, inbound: bool) -> None:
         """Write down that this flow is allowed, and its origin: the one of old, if that is still allowed."""

@@ -167,15 +167,15 @@ class _Memory:
         at = ROWS_AT + bucket * _BUCKET_BYTES + _TAGS_AT >> 2
         return self.halves[at : at + BUCKET_ROWS].tolist()
 
-    def find(self, bucket: int, tags: list[int], tag: int, key: bytes) -> int | None:
-        """Row of the bucket that has this packed key and is whole."""
+    def find(self, bucket: int, tags: list[int], tag: int, key: bytes) -> tuple[int, _Row] | None:
+        """Number and content of the row of the bucket that has this packed key and is whole."""
         if tag not in tags:  # nearly every new flow
             return None
         for number, each in enumerate(tags):
             if each == tag:
                 row = self.read(bucket, number)
                 if row is not None and row.key == key:
-                    return number
+                    return number, row
         return None
 
     def read(self, bucket: int, number: int) -> _Row | None:
@@ -192,8 +192,8 @@ class _Memory:
     def row(self, key: bytes) -> _Row | None:
         """The whole row of a packed key."""
         bucket, tag = self.place(key)
-        number = self.find(bucket, self.tags(bucket), tag, key)
-        return None if number is None else self.read(bucket, number)
+        found = self.find(bucket, self.tags(bucket), tag, key)
+        return None if found is None else found[1]
 
 
 class FlowTable:
@@ -270,16 +270,13 @@ class FlowTable:
         the allowed flow that had to make room, if any.
         """
         packed = pack_key(key)
-        bucket, tag = self._memory.place(packed)
         verdicts = _REFUSE << _INBOUND_SHIFT if inbound else _REFUSE
-        present = self._memory.find(bucket, self._memory.tags(bucket), tag, packed)
-        if present is not None:
-            row = self._memory.read(bucket, present)
-            if row is not None and row.holds(self.rules_generation, now_ms):
-                if row.verdicts & _ALLOW_BOTH:
-                    return None
-                if row.peer == peer:
-                    verdicts |= row.verdicts
+        row = self._memory.row(packed)
+        if row is not None and row.holds(self.rules_generation, now_ms):
+            if row.verdicts & _ALLOW_BOTH:
+                return None
+            if row.peer == peer:
+                verdicts |= row.verdicts
         return self._store(packed, _REST.pack(peer, REFUSAL_MS, verdicts), now_ms)
 
     def remove(self, key: FlowKey) -> bool:
@@ -288,9 +285,10 @@ class FlowTable:
 
     def _remove(self, packed: bytes) -> bool:
         bucket, tag = self._memory.place(packed)
-        number = self._memory.find(bucket, self._memory.tags(bucket), tag, packed)
-        if number is None:
+        found = self._memory.find(bucket, self._memory.tags(bucket), tag, packed)
+        if found is None:
             return False
+        number, _ = found
         half = _row_at(bucket, number) // 4
         sequence = self._memory.halves[half] | 1
         self._memory.halves[half] = sequence
@@ -300,10 +298,8 @@ class FlowTable:
 
     def seen_ms(self, key: FlowKey) -> int | None:
         """When this flow last had a packet or was inserted; None if it is not there. Up to a step late."""
-        packed = pack_key(key)
-        bucket, tag = self._memory.place(packed)
-        number = self._memory.find(bucket, self._memory.tags(bucket), tag, packed)
-        return None if number is None else self._memory.seen[_seen_at(bucket, number)]
+        row = self._memory.row(pack_key(key))
+        return None if row is None else row.seen_ms
 
     def _store(
         self, key: bytes, rest: bytes, now_ms: int, rules_generation: int | None = None
@@ -311,10 +307,8 @@ class FlowTable:
         memory = self._memory
         bucket, tag = memory.place(key)
         tags = memory.tags(bucket)
-        number = memory.find(bucket, tags, tag, key)
-        displaced = None
-        if number is None:
-            number, displaced = self._make_room(bucket, tags, now_ms)
+        found = memory.find(bucket, tags, tag, key)
+        number, displaced = self._make_room(bucket, tags, now_ms) if found is None else (found[0], None)
         at = _row_at(bucket, number)
         half = at >> 2
         # `| 1` takes over a row that a predecessor left half written.
@@ -376,10 +370,10 @@ class FlowView:
         self._words = self._memory.rules
         self._halves = self._memory.halves
         self._seen = seen.words
-        self._remembered: dict[FlowKey | AddressPair, _Remembered] = {}
+        self._remembered: dict[FlowKey, _Remembered] = {}
         self._remembered_max = remembered_max
         # Where a flow that was not there will be: its next packet mostly finds it, and need not hash again.
-        self._missed: dict[FlowKey | AddressPair, tuple[bytes, int, int]] = {}
+        self._missed: dict[FlowKey, tuple[bytes, int, int]] = {}
 
     def outbound(self, key: FlowKey, now_ms: int) -> PeerRef | None:
         """Whom a packet from the local stack goes to; REFUSED: drop it; None: only control knows."""
@@ -419,18 +413,12 @@ class FlowView:
 
     def pair(self, local: bytes, remote: bytes, now_ms: int) -> Pair | None:
         """What control says of flows between these two; None: nothing that holds."""
-        key = (local, remote)
-        found = self._remembered.get(key)
-        if found is None or self._halves[found[0]] != found[1]:
-            found = self._find(key)
-            if found is None:
-                return None
-        _, _, seen, rules_generation, timeout_ms, _, verdicts, peer = found
-        if rules_generation != self._words[RULES_GENERATION] or now_ms - self._seen[seen] >= timeout_ms:
+        row = self._memory.row(pack_pair(local, remote))
+        if row is None or not row.holds(self._words[RULES_GENERATION], now_ms):
             return None
-        outbound = verdicts & _VERDICT == _ALLOW
-        inbound = verdicts >> _INBOUND_SHIFT & _VERDICT == _ALLOW
-        return Pair(peer, outbound, inbound, rules_generation)
+        outbound = row.verdicts & _VERDICT == _ALLOW
+        inbound = row.verdicts >> _INBOUND_SHIFT & _VERDICT == _ALLOW
+        return Pair(PeerRef(row.peer), outbound, inbound, row.rules_generation)
 
     def origin(self, key: FlowKey, now_ms: int) -> bool | None:
         """Whether a flow began inbound that rules of any generation allowed; None: not known here."""
@@ -442,15 +430,14 @@ class FlowView:
 
     def timeout_ms(self, protocol: int) -> int:
         """For so long a flow of this protocol may rest that a pair allows. Of control's table only."""
-        which = 0 if protocol == TCP else 1 if protocol == UDP else TIMEOUT_COUNT - 1
-        return min(self._words[TIMEOUTS + which], _U32)
+        return min(self._words[TIMEOUTS + which_timeout(protocol)], _U32)
 
-    def _find(self, key: "FlowKey | AddressPair") -> "_Remembered | None":
+    def _find(self, key: FlowKey) -> "_Remembered | None":
         """Look the key up in the table and remember its row."""
         memory = self._memory
         place = self._missed.pop(key, None)
         if place is None:
-            packed = pack_pair(*key) if len(key) == 2 else pack_key(key)
+            packed = pack_key(key)
             place = packed, *memory.place(packed)
         packed, bucket, tag = place
         tags = memory.tags(bucket)
@@ -489,12 +476,14 @@ class FlowView:
         return None
 
 
-AddressPair = tuple[bytes, bytes]
-"""Local and remote address, 4 or 16 bytes each."""
-
 # sequence number's index among the 4-byte words, the number, last-seen's index among the words, rules
 # generation, timeout, step of last-seen, verdicts, peer
 _Remembered = tuple[int, int, int, int, int, int, int, PeerRef]
+
+
+def which_timeout(protocol: int) -> int:
+    """Give the number of the timeout of flows of this protocol among `TIMEOUTS`."""
+    return 0 if protocol == TCP else 1 if protocol == UDP else TIMEOUT_COUNT - 1
 
 
 def pack_key(key: FlowKey) -> bytes:

@@ -124,8 +124,9 @@ class Site:
         """Have the writer of that table begin to write this key's row, and end no more."""
         memory = self.writers[table]._memory
         bucket, tag = memory.place(key)
-        number = memory.find(bucket, memory.tags(bucket), tag, key)
-        assert number is not None
+        found = memory.find(bucket, memory.tags(bucket), tag, key)
+        assert found is not None
+        number, _ = found
         memory.halves[(ROWS_AT + 512 * bucket + 64 + 64 * number) // 4] |= 1
 
     def row(self, table: int, key: FlowKey) -> Row | None:

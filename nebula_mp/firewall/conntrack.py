@@ -122,12 +122,6 @@ class Conntrack:
         """Which way the packet went that a rule allowed, of a flow that is there."""
         return self._table(key)[key].direction
 
-    def timeout(self, key: FlowKey) -> Seconds:
-        """How long a flow of this kind may rest."""
-        if key.protocol == TCP:
-            return self._tcp_timeout
-        return self._udp_timeout if key.protocol == UDP else self._default_timeout
-
     def remove(self, key: FlowKey) -> None:
         """Forget a flow that is there."""
         del self._table(key)[key]

@@ -42,7 +42,7 @@ from nebula_mp.handshake.machine import Completed, SessionKeys
 from nebula_mp.newtypes import Counter, Curve, Fingerprint, IPAddress, Seconds, TunnelIndex, UdpAddr
 from nebula_mp.shm import Mapping
 from nebula_mp.shm_counters import Refusal, SendCounters, Traffic, TrafficTotals
-from nebula_mp.shm_flows import REFUSED, AddressPair, Displaced, FlowTable, FlowView, Pair
+from nebula_mp.shm_flows import REFUSED, Displaced, FlowTable, FlowView, Pair, which_timeout
 from nebula_mp.shm_peers import PeerTable, PeerView
 from nebula_mp.shm_table import (
     FLOWS,
@@ -58,7 +58,7 @@ from nebula_mp.shm_table import (
 )
 from nebula_mp.shm_tunnels import SOURCES_MAX, TunnelFields, TunnelState, TunnelTable
 from nebula_mp.wire.header import STAGE_2_COUNTER
-from nebula_mp.wire.ip import TCP, UDP, FlowKey
+from nebula_mp.wire.ip import FlowKey
 from nebula_mp.workers.journal import Journal, Record, SavedCertificate
 from nebula_mp.workers.parts import TableFds
 from nebula_mp.workers.shares import Shares
@@ -74,12 +74,13 @@ _COUNTER_TRIES: Final = 100  # with a nap after each
 PAIR_LIFE_MS: Final = 30_000
 """For so long readers rely on what control said of a pair of addresses; then the next new flow asks again."""
 _PAIRS_MAX: Final = 4096  # of one peer, to remember when readers were told
-_PROTOCOLS: Final = {TCP: 0, UDP: 1}  # whose timeout
 
 _NEVER: Final = Seconds(float("-inf"))
 _NOTHING_PASSED: Final = Passed(0, _NEVER, 0)
 
 Addresses = tuple[IPAddress, ...]
+AddressPair = tuple[bytes, bytes]
+"""Local and remote address, 4 or 16 bytes each."""
 
 
 @dataclass(slots=True, eq=False)
@@ -350,7 +351,7 @@ class ShmPlane:
                 gone = [self._flows.refuse(flow, ref, now_ms, inbound=inbound)]
             else:
                 inbound = verdict.direction is Direction.INBOUND
-                timeout_ms = _timeouts_ms(verdict.timeouts)[_PROTOCOLS.get(flow.protocol, 2)]
+                timeout_ms = _timeouts_ms(verdict.timeouts)[which_timeout(flow.protocol)]
                 gone = [
                     self._flows.allow(flow, ref, timeout_ms, now_ms, inbound=inbound),
                     self._tell_of_pair((flow.local, flow.remote), ref, verdict, now_ms),
