@@ -5,6 +5,7 @@ A walk is made of its seed and of the model it starts from, so the test knows wh
 made from their number alone.
 """
 
+import copyreg
 import time
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -106,6 +107,10 @@ def flow_of(peer: int, port: int) -> FlowKey:
     """Any of a few flows with a peer: whose tunnels it may use follows from its remote address."""
     remote = first_of(peer).packed
     return FlowKey(bytes([10, 42, 0, 1]), remote, 5000, port, TCP, fragment=False)
+
+
+# A model is copied with its addresses: the Python of Debian 12, 3.11.2, would lose the scope of fe80::1%7.
+copyreg.pickle(IPv6Address, lambda address: (IPv6Address, (str(address),)))
 
 
 class Call(NamedTuple):
