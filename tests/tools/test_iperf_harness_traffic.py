@@ -137,3 +137,12 @@ def test_connections_are_made_counted_and_timed_and_those_refused_are_failures(a
     assert served["connections"] > 0
     assert served["failures"] == 0
     assert 0 < served["p50_us"] <= served["p99_us"]
+
+
+def test_the_receiver_of_udp_has_the_buffer_that_was_asked_for() -> None:
+    size = traffic.udp_buffer_bytes()
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
+        receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+        assert receiver.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) >= size
+    assert 0 < size <= traffic.UDP_BUFFER_BYTES

@@ -177,7 +177,8 @@ def _udp_paced(length: int) -> Callable[[Bench, float], Sent]:
 
 
 def _udp_report(bench: Bench, length: int, bits_per_s: int, seconds: float) -> dict[str, Any]:
-    options = ("--udp", "--length", str(length), "--bitrate", str(bits_per_s))
+    options = ["--udp", "--length", str(length), "--bitrate", str(bits_per_s)]
+    options += ["--window", str(traffic.udp_buffer_bytes())]
     return traffic.iperf(bench.client, bench.server, bench.target, *options, seconds=seconds)
 
 

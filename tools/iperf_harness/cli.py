@@ -36,7 +36,7 @@ from tools.iperf_harness.systems import (
     known_systems,
     parse_systems,
 )
-from tools.iperf_harness.traffic import check_tools
+from tools.iperf_harness.traffic import check_tools, udp_buffer_bytes
 
 PROGRAM = "iperf_harness"
 DEFAULT_SYSTEMS = "none,nebula-mp,nebula-1.11.0"
@@ -268,6 +268,7 @@ def _settings(plan: Plan) -> dict[str, str]:
         **plan.tunnel.facts(),
         "workers": str(plan.workers),
         "socket buffers": f"{BUFFER_BYTES >> 20} MB",
+        "iperf3 UDP buffers": f"{udp_buffer_bytes() / (1 << 20):g} MB",
     }
 
 

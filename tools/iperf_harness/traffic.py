@@ -33,6 +33,8 @@ PACKAGES = {
     "setpriv": "util-linux",
 }
 PING_INTERVAL_S = 0.002
+UDP_BUFFER_BYTES = 8 << 20
+"""iperf3's socket buffers for UDP. Its usual one holds 277 small packets, no more than one or two batches."""
 _CONNECTIONS = str(Path(__file__).with_name("connections.py"))
 _CONNECT_PORT = 5202
 _LISTEN_WITHIN_S = 10.0
@@ -61,6 +63,12 @@ def iperf(
             said = re.search(r'"error":\s*"([^"]*)"', str(error))
             raise SystemCallError(f"iperf3: {said[1]}" if said else str(error)) from error
     return _report(text)
+
+
+def udp_buffer_bytes() -> int:
+    """What iperf3 gets of `UDP_BUFFER_BYTES`: Linux gives at most twice its limits. Raises OSError."""
+    limits = (Path("/proc/sys/net/core", name).read_text() for name in ("rmem_max", "wmem_max"))
+    return min(UDP_BUFFER_BYTES, *(2 * int(limit) for limit in limits))
 
 
 def tcp_figures(report: Mapping[str, Any]) -> Figures:
