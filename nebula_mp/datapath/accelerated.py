@@ -13,13 +13,13 @@ from typing import Final, NamedTuple, Self
 
 from nebula_mp import _accel
 from nebula_mp.config.model import Offloads
-from nebula_mp.datapath.api import CounterFds, ReaderMemory, RingEnd, UpcallLimits
+from nebula_mp.datapath.api import CounterFds, Drain, ReaderMemory, RingEnd, UpcallLimits
 from nebula_mp.newtypes import Buffer, Counter, IPNetwork, Seconds
 from nebula_mp.shm_counters import Refusal, SendCounters
 from nebula_mp.shm_ring import Bell
 from nebula_mp.shm_stats import DIGEST, NAMES
 
-ABI: Final = 4
+ABI: Final = 5
 """What the accelerator must say of itself."""
 
 if _accel.ABI != ABI:
@@ -76,6 +76,17 @@ class NativeReader:
         self.sealer = NativeSealer(native, clock)
         self.opener = NativeOpener(native, clock)
         self._native = native
+        self._clock = clock
+
+    def outbound(self, drain: Drain, writer: Bell) -> _accel.Half:
+        """As `Reader.outbound`."""
+        assert isinstance(drain, _accel.UdpDrain)
+        return self._native.outbound(drain, writer.descriptor, self._clock)
+
+    def inbound(self, drain: Drain, writer: Bell) -> _accel.Half:
+        """As `Reader.inbound`."""
+        assert isinstance(drain, _accel.TunDrain)
+        return self._native.inbound(drain, writer.descriptor, self._clock)
 
     def sweep(self) -> int:
         """As `Reader.sweep`."""
@@ -159,13 +170,9 @@ class NativeKernel:
         """As `Kernel.send_counters`."""
         return NativeSendCounters.attach(*memory)
 
-    def bell_wait(self, bell: Bell, limit_ms: int) -> bool:
-        """As `Kernel.bell_wait`."""
-        return bell.wait(limit_ms)
-
-    def bell_ring(self, bell: Bell) -> None:
-        """As `Kernel.bell_ring`."""
-        bell.ring()
+    def sources(self, descriptors: Sequence[int]) -> _accel.Sources:
+        """As `Kernel.sources`."""
+        return _accel.Sources(descriptors)
 
     def checksum(self, data: Buffer) -> int:
         """As `Kernel.checksum`."""

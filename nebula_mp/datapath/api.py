@@ -23,7 +23,7 @@ the area being filled; an area is the producer's until it is published, and the 
 call on it has returned. Nobody outside a kernel gets a view of either. An `Upcall` is a copy.
 
 Waiting. No part blocks. A Drain waits at most 1 ms (UDP) or 10 ms (TUN) for room for a call, and after one
-wait in vain no more in the same call; `bell_wait` waits for as long as it is told.
+wait in vain no more in the same call; `Sources.wait` sleeps for as long as it is told.
 
 Errors. What a peer, a stranger or the local stack sends never raises. OSError: the descriptor is lost, which
 no network can cause. RingError: shared memory contradicts us. After either the part may not be used again,
@@ -47,7 +47,7 @@ died it sends again (UDP) or passes over (TUN).
 
 import functools
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from ipaddress import IPv4Address, IPv6Address
@@ -324,6 +324,35 @@ class Opener(Protocol):
         """Areas of the open ring that wait: as for the Sealer."""
 
 
+MORE: Final = 1
+"""A pass ended with its budget: perhaps it left something that wakes nobody."""
+
+HOLDING: Final = 2
+"""The sealer holds packets back."""
+
+
+class Half(Protocol):
+    """One direction of a reader: what fills a ring, and the end from which the same process may empty it."""
+
+    def work(self, budget: int, drains: bool) -> int:  # noqa: FBT001 - called for each packet that comes alone
+        """One pass; gives `MORE` and `HOLDING`, or-ed. As `poll` and `drain`.
+
+        `drains`: the ring is emptied too, before and after it is filled, unless the writer has the lease,
+        which is counted. Rings the writer if areas are left for it.
+        """
+
+
+class Sources(Protocol):
+    """What a process sleeps on: descriptors, each a bit by its place, from 0."""
+
+    def wait(self, limit_ms: int, heeded: int) -> int:
+        """Sleep until one of `heeded` is readable, at most `limit_ms`; gives which are.
+
+        One that has failed is among them, heeded or not. 0 after that time, or perhaps when a signal has
+        come. Raises OSError.
+        """
+
+
 class Reader(Protocol):
     """The two halves of a reader over one set of tables."""
 
@@ -334,6 +363,12 @@ class Reader(Protocol):
     @property
     def opener(self) -> Opener:
         """The inbound half."""
+
+    def outbound(self, drain: "Drain", writer: Bell) -> Half:
+        """The sealer with the consumer's end of its ring, a drain of the same kernel."""
+
+    def inbound(self, drain: "Drain", writer: Bell) -> Half:
+        """The opener with the consumer's end of its ring, a drain of the same kernel."""
 
     def sweep(self) -> int:
         """Forget the keys of tunnels that changed or ended; gives how many. Call it once a second."""
@@ -406,11 +441,8 @@ class Kernel(Protocol):
         Raises RingError.
         """
 
-    def bell_wait(self, bell: Bell, limit_ms: int) -> bool:
-        """Sleep until it is rung, at most `limit_ms`; True if it was."""
-
-    def bell_ring(self, bell: Bell) -> None:
-        """Wake whoever waits for it."""
+    def sources(self, descriptors: Sequence[int]) -> Sources:
+        """To sleep on; at most 64 of them."""
 
     def checksum(self, data: Buffer) -> int:
         """RFC 1071."""

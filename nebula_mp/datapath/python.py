@@ -10,13 +10,14 @@ for the path is counted, but the sender inside the tunnel is not told.
 
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from nebula_mp.config.model import Offloads
-from nebula_mp.datapath.api import CounterFds, ReaderMemory, RingEnd, RingFds, UpcallLimits
+from nebula_mp.datapath.api import CounterFds, Drain, ReaderMemory, RingEnd, RingFds, UpcallLimits
 from nebula_mp.datapath.drains import TunDrain, UdpDrain
 from nebula_mp.datapath.filling import Drops, Filler, Strangers, Upcalls
 from nebula_mp.datapath.opening import PythonOpener
+from nebula_mp.datapath.passes import Half, Sources
 from nebula_mp.datapath.sealing import Ciphers, PythonSealer
 from nebula_mp.newtypes import Buffer, IPNetwork, Seconds
 from nebula_mp.shm import Layout, LockFile, Mapping
@@ -46,7 +47,7 @@ class PythonReader:
         offloads: Offloads,
         poison: bool,
     ) -> None:
-        stats = StatsPage(memory.stats, writable=True)
+        self._stats = stats = StatsPage(memory.stats, writable=True)
         drops = Drops(stats)
         keys = _attach(memory.keys, KEYS)
         keys.protect()
@@ -119,6 +120,23 @@ class PythonReader:
             offloads=offloads,
         )
 
+    def outbound(self, drain: Drain, writer: Bell) -> Half:
+        """As `Reader.outbound`."""
+        sealer = self.sealer
+        return Half(
+            sealer.poll,
+            sealer.waiting,
+            lambda: sealer.is_holding,
+            drain=drain,
+            writer=writer,
+            stats=self._stats,
+        )
+
+    def inbound(self, drain: Drain, writer: Bell) -> Half:
+        """As `Reader.inbound`."""
+        opener = self.opener
+        return Half(opener.poll, opener.waiting, lambda: False, drain=drain, writer=writer, stats=self._stats)
+
     def sweep(self) -> int:
         """As `Reader.sweep`."""
         return self._tunnels.sweep()
@@ -170,13 +188,9 @@ class PythonKernel:
         """As `Kernel.send_counters`."""
         return SendCounters.attach(*memory)
 
-    def bell_wait(self, bell: Bell, limit_ms: int) -> bool:
-        """As `Kernel.bell_wait`."""
-        return bell.wait(limit_ms)
-
-    def bell_ring(self, bell: Bell) -> None:
-        """As `Kernel.bell_ring`."""
-        bell.ring()
+    def sources(self, descriptors: Sequence[int]) -> Sources:
+        """As `Kernel.sources`."""
+        return Sources(descriptors)
 
     def checksum(self, data: Buffer) -> int:
         """As `Kernel.checksum`."""

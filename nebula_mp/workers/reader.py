@@ -6,26 +6,18 @@ Data flow: TUN queue i -> [workers.reader] -> seal ring -> UDP, by this process 
 Knows when to look at what, and who drains; decides nothing about packets: that is the datapath's.
 Source: docs/architecture.md, "The ring": the pass is the one that the ring's model proves.
 
-Order of a pass, and why:
-
-- The lease is taken before anything is read. Taken afterwards, a writer that is awake for once would win it
-  between publish and take, again and again, and stay the drainer for seconds.
-- A ring is drained before it is filled too: in a full ring whose writer is gone nobody else would make room.
-- The bell is rung after every pass without the lease after which areas wait, even if this pass published
-  none: the writer may have come, and found the lock busy only because of us.
-- Nothing here waits for room. What a full ring does not take is dropped and counted.
-- A direction in which nothing has come is left alone: what waits in its ring was rung for when it was filled.
+What a pass does, and why in that order: `datapath.passes`. A direction in which nothing has come is left
+alone: what waits in its ring was rung for when it was filled.
 """
 
 import os
 import select
-from collections.abc import Callable
 from typing import Final
 
 from nebula_mp import clock
 from nebula_mp.config.model import DrainMode
 from nebula_mp.datapath import kernels
-from nebula_mp.datapath.api import Drain
+from nebula_mp.datapath.api import HOLDING, MORE
 from nebula_mp.errors import RingError
 from nebula_mp.newtypes import Seconds
 from nebula_mp.shm import LockFile
@@ -52,8 +44,14 @@ HOLDING_MS: Final = 1
 _SWEEP_EVERY: Final = Seconds(1)
 _SCHEDSTAT_BYTES_MAX: Final = 128
 _PASSES: Final = SLOTS["mp.passes"]
-_REFUSED: Final = SLOTS["mp.lease.refused"]
 _SWITCHES: Final = SLOTS["mp.drain.switches"]
+
+# Places among the sources. The last tells us to finish, by a signal that ends the sleep.
+_TUN: Final = 1
+_UDP: Final = 2
+_BELL: Final = 4
+_INBOUND: Final = _UDP | _BELL
+_ALL: Final = 15
 
 
 def main(parts: ReaderParts) -> int:
@@ -61,56 +59,16 @@ def main(parts: ReaderParts) -> int:
     return run_worker(parts, lambda finish: _Loop(parts, finish).run())
 
 
-class _Half:
-    """One direction: the part that fills a ring, and the end from which the same ring is drained."""
-
-    def __init__(
-        self,
-        fill: Callable[[int], int],
-        waiting: Callable[[], int],
-        drain: Drain,
-        writer_bell: Bell,
-        stats: StatsPage,
-    ) -> None:
-        self._fill = fill
-        self._waiting = waiting
-        self._drain = drain
-        self._areas = drain.areas
-        self._bell = writer_bell
-        self._stats = stats
-        self.more = False
-        """Whether the last pass ended with its budget: perhaps it left something that does not wake us."""
-
-    def work(self, budget: int, *, drains: bool) -> None:
-        """One pass. Raises OSError, RingError."""
-        drain = self._drain
-        if drains and drain.try_take():
-            if drain.pending():  # seldom
-                drain.drain(self._areas)
-            taken = self._fill(budget)
-            drain.drain(self._areas)
-            left = drain.drop()
-        else:
-            if drains:
-                self._stats.add(_REFUSED)
-            taken = self._fill(budget)
-            left = self._waiting() > 0
-        self.more = taken >= budget
-        if left:
-            self._bell.ring()
-
-
 class _Loop:
     """`run` once."""
 
     def __init__(self, parts: ReaderParts, finish: FinishSignal) -> None:
         self._finish = finish
-        self._finish_fd = finish.fileno()
-        self._tun = parts.tun
         self._stats = StatsPage(parts.stats, writable=True)
         self._bell = Bell(parts.bell)
         _become_consumer(parts)
-        self._reader = kernels.get(parts.kernel).reader(
+        kernel = kernels.get(parts.kernel)
+        self._reader = kernel.reader(
             parts.tun,
             parts.udp,
             parts.memory,
@@ -120,69 +78,56 @@ class _Loop:
             offloads=parts.offloads,
             poison=parts.poison,
         )
-        self._sealer = sealer = self._reader.sealer
-        opener = self._reader.opener
         seal, opened = attach_drains(parts, parts.memory.tunnels)
         self._given_up = GivenUp(parts.name, (seal, opened))
-        bell = Bell(parts.writer_bell)
-        self._out = _Half(sealer.poll, sealer.waiting, seal, bell, self._stats)
-        self._into = _Half(opener.poll, opener.waiting, opened, bell, self._stats)
+        writer = Bell(parts.writer_bell)
+        self._out = self._reader.outbound(seal, writer)
+        self._into = self._reader.inbound(opened, writer)
         self._drainer = _Drainer(parts, self._stats)
-        self._books_at = self._sweep_at = clock.monotonic()
-        self._poll = select.poll()
-        for source in (parts.tun, parts.udp, self._bell, finish):
-            self._poll.register(source, select.POLLIN)
-        self._tun_is_watched = True
+        self._due_at = self._sweep_at = clock.monotonic()
+        self._sources = kernel.sources((parts.tun, parts.udp, parts.bell, finish.fileno()))
 
     def run(self) -> None:
         """Work and sleep by turns. Raises OSError, RingError."""
-        self._pass(out=True, into=True)  # a predecessor may have emptied the bell, or left areas
-        while not self._finish.told:
-            out, into = self._wait()
-            self._pass(out=out, into=into)
-        while self._sealer.is_holding:  # packets that nobody else could get at
-            select.select([], [], [], HOLDING_MS / 1000)
-            self._out.work(0, drains=self._drainer.drains)
-        self._drainer.store_cpu()
-
-    def _wait(self) -> tuple[bool, bool]:
-        """Sleep until there is something to do in a direction: out, in."""
-        holding = self._sealer.is_holding
-        if holding is self._tun_is_watched:
-            # What holds packets reads none: the queue would only keep us awake.
-            self._poll.modify(self._tun, 0 if holding else select.POLLIN)
-            self._tun_is_watched = not holding
-        limit_ms = 0 if self._into.more else HOLDING_MS if holding else BELT_MS
-        found = self._poll.poll(limit_ms)
-        if not found and limit_ms == BELT_MS:
-            return True, True
-        out, into = holding, self._into.more  # the queue wakes us again by itself, strangers do not
-        for descriptor, _ in found:
-            # Whatever it is: an error or a hang-up shows in the call that reads.
-            if descriptor == self._tun:
-                out = True
-            elif descriptor == self._bell.descriptor:
+        # All in one place, and in names of its own: with single packets this loop is what a packet costs.
+        wait, send, receive, add = self._sources.wait, self._out.work, self._into.work, self._stats.add
+        finish, drainer, monotonic = self._finish, self._drainer, clock.monotonic
+        out = into = 1  # a predecessor may have emptied the bell, or left areas
+        holding = more = 0
+        while True:
+            add(_PASSES)
+            if out:
+                holding = send(BUDGET, drainer.drains) & HOLDING
+            if into:
+                more = receive(BUDGET, drainer.drains) & MORE
+            if monotonic() >= self._due_at:
+                self._handle_time()
+            if finish.told:
+                break
+            if holding or more:
+                # What holds packets reads none: the queue would only keep us awake. Where a pass left
+                # something the queue and the socket wake us again by themselves; strangers do not.
+                found = wait(0 if more else HOLDING_MS, _ALL & ~_TUN if holding else _ALL)
+            else:
+                found = wait(BELT_MS, _ALL) or _ALL
+            if found & _BELL:
                 self._bell.empty()  # before the rings are looked at, never after
-                into = True
-            elif descriptor != self._finish_fd:
-                into = True
-        return out, into
+            # Whatever it is: an error or a hang-up shows in the call that reads.
+            out, into = found & _TUN | holding, found & _INBOUND | more
+        while holding:  # packets that nobody else could get at
+            select.select([], [], [], HOLDING_MS / 1000)
+            holding = send(0, drainer.drains) & HOLDING
+        drainer.store_cpu()
 
-    def _pass(self, *, out: bool, into: bool) -> None:
-        self._stats.add(_PASSES)
-        drains = self._drainer.drains
-        if out:
-            self._out.work(BUDGET, drains=drains)
-        if into:
-            self._into.work(BUDGET, drains=drains)
+    def _handle_time(self) -> None:
+        """What has to be done from time to time."""
         now = clock.monotonic()
-        if now >= self._books_at:
-            self._books_at = Seconds(now + BOOKS_EVERY)
-            self._drainer.handle_time(now)
-            self._given_up.say()
+        self._drainer.handle_time(now)
+        self._given_up.say()
         if now >= self._sweep_at:
             self._sweep_at = Seconds(now + _SWEEP_EVERY)
             self._reader.sweep()
+        self._due_at = Seconds(now + BOOKS_EVERY)
 
 
 class _Drainer:

@@ -21,7 +21,6 @@ from nebula_mp.datapath.api import (
 from nebula_mp.datapath.python import PythonKernel
 from nebula_mp.errors import RingError
 from nebula_mp.newtypes import UdpAddr
-from nebula_mp.shm_ring import Bell
 from nebula_mp.wire.ip import internet_checksum
 from tests.support import rings
 
@@ -95,11 +94,6 @@ def test_every_drop_has_a_counter_of_its_own() -> None:
 
 def test_the_python_kernel_is_one() -> None:
     kernel: Kernel = PythonKernel()
-    bell = Bell.create()
 
     assert kernel.name == "python"
     assert kernel.checksum(b"abc") == internet_checksum(b"abc")
-    assert not kernel.bell_wait(bell, 0)
-    kernel.bell_ring(bell)
-    assert kernel.bell_wait(bell, 0)
-    bell.close()

@@ -1,6 +1,7 @@
 //! The two drains, each with the consumer's end of its ring.
 
 use std::cell::RefCell;
+use std::rc::Rc;
 
 use nebula_mp_core::drains;
 use nebula_mp_core::error::Result;
@@ -30,13 +31,13 @@ impl RingEnd {
 /// Seal ring -> UDP socket.
 #[pyclass(unsendable, frozen)]
 pub struct UdpDrain {
-    drain: RefCell<drains::UdpDrain>,
+    pub drain: Rc<RefCell<drains::UdpDrain>>,
 }
 
 /// Open ring -> TUN queue.
 #[pyclass(unsendable, frozen)]
 pub struct TunDrain {
-    drain: RefCell<drains::TunDrain>,
+    pub drain: Rc<RefCell<drains::TunDrain>>,
 }
 
 /// What both classes offer, `api.Drain`, spelled once: a Python class cannot be generic.
@@ -94,7 +95,7 @@ methods! {
             let ring = end.consumer(Recovery::SendAgain)?;
             drains::UdpDrain::new(ring, udp_fd, view, stats(page, &names)?, offloads.into())
         };
-        Ok(Self { drain: RefCell::new(made().map_err(raise)?) })
+        Ok(Self { drain: Rc::new(RefCell::new(made().map_err(raise)?)) })
     }
 }
 
@@ -115,6 +116,6 @@ methods! {
             let ring = end.consumer(Recovery::GoOnBehind)?;
             Ok(drains::TunDrain::new(ring, tun_fd, stats(page, &names)?, offloads.into()))
         };
-        Ok(Self { drain: RefCell::new(made().map_err(raise)?) })
+        Ok(Self { drain: Rc::new(RefCell::new(made().map_err(raise)?)) })
     }
 }

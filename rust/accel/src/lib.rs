@@ -13,11 +13,12 @@ mod attach;
 mod counters;
 mod drains;
 mod faults;
+mod half;
 mod packets;
 mod reader;
 
 /// What `accelerated.ABI` must be: changes with every name, argument or meaning of this module.
-const ABI: u32 = 4;
+const ABI: u32 = 5;
 
 /// What this build and this processor use: `aead` is the library's name.
 fn features(py: Python<'_>) -> PyResult<Bound<'_, pyo3::types::PyDict>> {
@@ -48,6 +49,8 @@ fn _accel(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("ABI", ABI)?;
     module.add("FEATURES", features(module.py())?)?;
     module.add_class::<reader::Reader>()?;
+    module.add_class::<half::Half>()?;
+    module.add_class::<half::Sources>()?;
     module.add_class::<drains::UdpDrain>()?;
     module.add_class::<drains::TunDrain>()?;
     module.add_class::<counters::SendCounters>()?;

@@ -19,7 +19,9 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::attach::{consumer, producer, region, stats, Names, Offloads, RingFds};
+use crate::drains::{TunDrain, UdpDrain};
 use crate::faults::raise;
+use crate::half::Half;
 
 /// `api.ReaderMemory`, without the locks: here the instructions are atomic.
 #[derive(FromPyObject)]
@@ -70,8 +72,8 @@ impl From<UpcallLimits> for Limits {
 /// The two halves of a reader.
 #[pyclass(unsendable, frozen)]
 pub struct Reader {
-    sealer: RefCell<Sealer>,
-    opener: RefCell<Opener>,
+    sealer: Rc<RefCell<Sealer>>,
+    opener: Rc<RefCell<Opener>>,
     shared: Rc<RefCell<Shared>>,
 }
 
@@ -139,6 +141,19 @@ impl Reader {
 
     fn open_waiting(&self) -> PyResult<u64> {
         self.opener.borrow_mut().waiting().map_err(raise)
+    }
+
+    /// `bell` is the writer's; `clock` as for `accelerated.NativeReader`.
+    fn outbound(&self, drain: &UdpDrain, bell: i32, clock: Py<PyAny>) -> Half {
+        let stats = Rc::clone(&self.shared.borrow().stats);
+        let (fill, drain) = (Rc::clone(&self.sealer), Rc::clone(&drain.drain));
+        Half::new(fill, drain, bell, stats, clock)
+    }
+
+    fn inbound(&self, drain: &TunDrain, bell: i32, clock: Py<PyAny>) -> Half {
+        let stats = Rc::clone(&self.shared.borrow().stats);
+        let (fill, drain) = (Rc::clone(&self.opener), Rc::clone(&drain.drain));
+        Half::new(fill, drain, bell, stats, clock)
     }
 
     fn sweep(&self) -> usize {
@@ -232,8 +247,8 @@ impl Attached<'_> {
             offloads,
         );
         Ok(Reader {
-            sealer: RefCell::new(sealer),
-            opener: RefCell::new(opener),
+            sealer: Rc::new(RefCell::new(sealer)),
+            opener: Rc::new(RefCell::new(opener)),
             shared,
         })
     }

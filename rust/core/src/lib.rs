@@ -8,8 +8,8 @@
 //!
 //! Bottom-up: `error`, `header`, `checksum`, `ip`, `virtio`, `segment`, `coalesce`, `aead`, `replay` (pure) -> `words`,
 //! `region`, `layout` (memory) -> `cursors`, `ring`, `stats`, `tunnels`, `peers`, `flow_rows`, `admission`, `flows`,
-//! `ledger`, `counters`, `windows` (shared structures) -> `filler`, `upcalls` -> `sys` (system calls) -> `runs`, `outlet`, `tun_queue`,
-//! `sealer`, `delivery`, `opener`, `drains`.
+//! `ledger`, `counters`, `windows` (shared structures) -> `filler`, `upcalls` -> `sys`, `sources` (system calls) -> `runs`, `outlet`,
+//! `tun_queue`, `sealer`, `delivery`, `opener`, `drains` -> `pass`.
 //! Knows no policy, no process and nothing of Python; allocates nothing for a packet.
 
 pub mod admission;
@@ -30,6 +30,7 @@ pub mod layout;
 pub mod ledger;
 pub mod opener;
 mod outlet;
+pub mod pass;
 pub mod peers;
 pub mod region;
 pub mod replay;
@@ -37,6 +38,7 @@ pub mod ring;
 pub mod runs;
 pub mod sealer;
 pub mod segment;
+pub mod sources;
 pub mod stats;
 pub mod sys;
 #[cfg(any(test, feature = "testing"))]

@@ -36,6 +36,7 @@ slots! {
     tun_tx_packets = "mp.tun.tx.packets",
     udp_rx_packets = "mp.udp.rx.packets",
     udp_tx_packets = "mp.udp.tx.packets",
+    lease_refused = "mp.lease.refused",
     ring_full_seal = "mp.ring.full.seal",
     ring_full_open = "mp.ring.full.open",
     ring_full_upcall = "mp.ring.full.upcall",

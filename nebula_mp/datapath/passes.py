@@ -1,0 +1,90 @@
+"""A pass over one direction of a reader, and what the reader sleeps on.
+
+Data flow: workers.reader -> [Half] -> sealing | opening -> ring -> drains
+           kernel -> [Sources] -> workers.reader
+Knows when to take the lease and when to ring; does not know who is to drain.
+Source: docs/architecture.md, "The ring": the pass is the one that the ring's model proves; poll(2).
+
+Order of a pass, and why:
+
+- The lease is taken before anything is read. Taken afterwards, a writer that is awake for once would win it
+  between publish and take, again and again, and stay the drainer for seconds.
+- A ring is drained before it is filled too: in a full ring whose writer is gone nobody else would make room.
+- The bell is rung after every pass without the lease after which areas wait, even if this pass published
+  none: the writer may have come, and found the lock busy only because of us.
+- Nothing here waits for room. What a full ring does not take is dropped and counted.
+"""
+
+import select
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from nebula_mp.datapath.api import HOLDING, MORE, Drain
+from nebula_mp.shm_ring import Bell
+from nebula_mp.shm_stats import SLOTS, StatsPage
+
+_REFUSED: Final = SLOTS["mp.lease.refused"]
+
+
+class Half:
+    """A `datapath.api.Half`."""
+
+    def __init__(
+        self,
+        fill: Callable[[int], int],
+        waiting: Callable[[], int],
+        is_holding: Callable[[], bool],
+        *,
+        drain: Drain,
+        writer: Bell,
+        stats: StatsPage,
+    ) -> None:
+        """The first three are of a Sealer or an Opener, whose ring `drain` empties."""
+        self._fill = fill
+        self._waiting = waiting
+        self._is_holding = is_holding
+        self._drain = drain
+        self._areas = drain.areas
+        self._writer = writer
+        self._stats = stats
+
+    def work(self, budget: int, drains: bool) -> int:  # noqa: FBT001 - called for each packet that comes alone
+        """As `Half.work`."""
+        drain = self._drain
+        if drains and drain.try_take():
+            if drain.pending():  # seldom
+                drain.drain(self._areas)
+            taken = self._fill(budget)
+            drain.drain(self._areas)
+            left = drain.drop()
+        else:
+            if drains:
+                self._stats.add(_REFUSED)
+            taken = self._fill(budget)
+            left = self._waiting() > 0
+        if left:
+            self._writer.ring()
+        return (MORE if taken >= budget else 0) | (HOLDING if self._is_holding() else 0)
+
+
+class Sources:
+    """A `datapath.api.Sources`."""
+
+    def __init__(self, descriptors: Sequence[int]) -> None:
+        self._descriptors = tuple(descriptors)
+        self._bits = {descriptor: 1 << place for place, descriptor in enumerate(descriptors)}
+        self._heeded = 0
+        self._poll = select.poll()
+        for descriptor in descriptors:
+            self._poll.register(descriptor, 0)
+
+    def wait(self, limit_ms: int, heeded: int) -> int:
+        """As `Sources.wait`."""
+        if heeded != self._heeded:
+            for descriptor, bit in self._bits.items():
+                self._poll.modify(descriptor, select.POLLIN if heeded & bit else 0)
+            self._heeded = heeded
+        found = 0
+        for descriptor, _ in self._poll.poll(limit_ms):
+            found |= self._bits[descriptor]
+        return found
