@@ -8,10 +8,13 @@ Offsets and rights: shm_table. Source: docs/architecture.md, "Shared memory".
 
 A table of 2^k buckets of 512 bytes: a line of tags, then 7 rows of a cache line each, so a hit touches two
 lines and a miss one. The bucket is given by bits 40 and up of the key's hash, the tag by its low 32 bits with
-bit 0 set; tag 0 was never used. The hash is keyed at random, so that no peer can aim at one bucket.
+bit 0 set; tag 0 was never used. The hash is keyed at random, so that no peer can aim at one bucket. A bit in
+the first page says of a group of buckets, 2 KiB at the usual size, whether any was ever written to: so who
+looks into the tables of others touches nothing where there is nothing, which would take memory.
 
 | word              | writer                      | killed there                                            |
 |-------------------|-----------------------------|---------------------------------------------------------|
+| used              | its writer, before the tag  | no matter: a group is looked at that has no row         |
 | tag, row          | its writer, sequence odd    | the row stays odd and is a miss; the successor uses it  |
 |                   |                             | for another flow, which ends with an even number        |
 | sequence          | its writer, first and last  | as above                                                |
@@ -38,6 +41,7 @@ another peer's (whoever forges an address would cut the flow of its owner); to l
 """
 
 import struct
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from nebula_mp.shm import Mapping
@@ -53,6 +57,8 @@ from nebula_mp.shm_table import (
     SEEN_ROW,
     TIMEOUT_COUNT,
     TIMEOUTS,
+    USED,
+    USED_COUNT,
     PeerRef,
     row_count,
 )
@@ -98,6 +104,8 @@ _DEAD, _REFUSAL, _IDLE, _IDLE_TCP, _NOT_IDLE, _NONE = range(6)
 _TRIES: Final = 3  # to read a row that is being written; a miss only costs an upcall
 
 _MISSED_MAX: Final = 1024
+_NO_TAGS: Final = (0,) * BUCKET_ROWS
+_GROUPS_BITS: Final = (64 * USED_COUNT).bit_length() - 1
 
 _U32: Final = 2**32 - 1
 _U64: Final = 2**64 - 1
@@ -151,6 +159,8 @@ class _Memory:
         if row_count(seen, SEEN_ROW, BUCKETS_MAX * BUCKET_ROWS) != buckets * BUCKET_ROWS:
             raise seen.contradiction("number of rows", seen.parameters[0], str(buckets * BUCKET_ROWS))
         self.mask = buckets - 1
+        self.group_shift = max(0, self.mask.bit_length() - _GROUPS_BITS)
+        self.words = flows.words
         self.data = flows.data
         self.rules = (rules or flows).words  # of control's table
         self.halves = flows.data.cast("I")
@@ -162,12 +172,15 @@ class _Memory:
         hashed = flow_hash(self.seeds, key)
         return hashed >> 40 & self.mask, hashed & _U32 | 1
 
-    def tags(self, bucket: int) -> list[int]:
+    def tags(self, bucket: int) -> Sequence[int]:
         """Tags of a bucket's rows; 0: never used."""
+        group = bucket >> self.group_shift
+        if not self.words[USED + (group >> 6)] >> (group & 63) & 1:
+            return _NO_TAGS
         at = ROWS_AT + bucket * _BUCKET_BYTES + _TAGS_AT >> 2
         return self.halves[at : at + BUCKET_ROWS].tolist()
 
-    def find(self, bucket: int, tags: list[int], tag: int, key: bytes) -> tuple[int, _Row] | None:
+    def find(self, bucket: int, tags: Sequence[int], tag: int, key: bytes) -> tuple[int, _Row] | None:
         """Number and content of the row of the bucket that has this packed key and is whole."""
         if tag not in tags:  # nearly every new flow
             return None
@@ -309,6 +322,8 @@ class FlowTable:
         tags = memory.tags(bucket)
         found = memory.find(bucket, tags, tag, key)
         number, displaced = self._make_room(bucket, tags, now_ms) if found is None else (found[0], None)
+        group = bucket >> memory.group_shift
+        memory.words[USED + (group >> 6)] |= 1 << (group & 63)
         at = _row_at(bucket, number)
         half = at >> 2
         # `| 1` takes over a row that a predecessor left half written.
@@ -323,7 +338,7 @@ class FlowTable:
         memory.halves[half] = sequence + 1 & _U32
         return displaced
 
-    def _make_room(self, bucket: int, tags: list[int], now_ms: int) -> tuple[int, Displaced | None]:
+    def _make_room(self, bucket: int, tags: Sequence[int], now_ms: int) -> tuple[int, Displaced | None]:
         """Choose a row: a free one, or one that does not hold, a refusal or pair, the longest idle, TCP last.
 
         If no flow is idle the one goes whose latest packet is oldest.

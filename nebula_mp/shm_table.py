@@ -59,7 +59,7 @@ ROWS_AT_WORD: Final = PAGE_BYTES // 8
 TUNNELS: Final = Layout("tunnels", b"nmp:tunl", 1)
 KEYS: Final = Layout("tunnel keys", b"nmp:keys", 1)
 PEERS: Final = Layout("peers", b"nmp:peer", 1)
-FLOWS: Final = Layout("flows", b"nmp:flow", 2)
+FLOWS: Final = Layout("flows", b"nmp:flow", 3)
 SEEN: Final = Layout("flows last seen", b"nmp:seen", 1)
 SEND: Final = Layout("send counters", b"nmp:send", 1)
 WINDOWS: Final = Layout("replay windows", b"nmp:wind", 1)
@@ -201,6 +201,8 @@ SEEDS: Final = HEADER_WORDS + 1  # all flows, the same; 6 words, the supervisor 
 SEED_COUNT: Final = 6
 TIMEOUTS: Final = SEEDS + SEED_COUNT  # control's flows; ms: TCP, UDP, all else; control stores them
 TIMEOUT_COUNT: Final = 3
+USED: Final = PAGE_BYTES // 2 // 8  # all flows; bits, by groups of buckets: its writer has put a row there
+USED_COUNT: Final = PAGE_BYTES // 2 // 8
 LIVE: Final = HEADER_WORDS  # span; the supervisor stores 1 when it starts the worker, 0 when it gives it up
 TOUCHED: Final = HEADER_WORDS + 1  # span; its worker: no row from this one on was ever written
 

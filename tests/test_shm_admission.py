@@ -22,6 +22,7 @@ from nebula_mp.shm_table import (
     RULES_GENERATION,
     SEEN,
     TIMEOUTS,
+    USED,
     PeerRef,
 )
 from nebula_mp.wire.ip import ICMP, TCP, UDP, FlowKey
@@ -148,7 +149,8 @@ class Site:
 
     def untouchable(self) -> list[bytes]:
         """All that our reader must never write: everything but its table and last-seen words."""
-        kept = [contents(each)[:ROWS_AT] for each in (self.tables.flows[OURS], *self.tables.seen)]
+        kept = [contents(self.tables.flows[OURS])[: 8 * USED]]
+        kept += [contents(each)[:ROWS_AT] for each in self.tables.seen]
         touched = {self.tables.flows[OURS].descriptor, *(each.descriptor for each in self.tables.seen)}
         kept += [contents(each) for each in self.tables.regions() if each.descriptor not in touched]
         return [*kept, contents(self.pages[NEIGHBOUR])]
@@ -847,7 +849,7 @@ def test_a_reader_killed_at_any_store_leaves_a_table_that_all_others_and_its_suc
         site = state(Site(buckets=1))
         untouchable = site.untouchable()
         reader, moment = site.reader, Countdown(at)
-        watch(reader._own._memory, "data halves seen", load=nothing, store=moment)
+        watch(reader._own._memory, "data words halves seen", load=nothing, store=moment)
         watch(reader._stats, "_words", load=nothing, store=moment)
         try:
             if inbound:

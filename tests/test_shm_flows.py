@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import os
 import random
 import struct
 import time
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nebula_mp.errors import RingError
+from nebula_mp.shm import PAGE_BYTES, Region
 from nebula_mp.shm_flows import (
     IDLE_AFTER_MS,
     REFUSAL_MS,
@@ -643,7 +645,7 @@ def test_between_any_two_stores_of_control_a_reader_sees_the_old_row_the_new_one
             assert looks(remembering) in ALLOWED[change]
 
         moment = Countdown(at, look)
-        watch(table._memory, "data halves seen", load=nothing, store=moment)
+        watch(table._memory, "data words halves seen", load=nothing, store=moment)
         change(table)
         reached = moment.reached
         assert looks(fresh) == looks(remembering)
@@ -687,7 +689,7 @@ def test_control_killed_at_any_store_leaves_a_miss_that_its_successor_writes_ove
     at, killed = 0, True
     while killed:
         tables, table = bucket_before(change)
-        watch(table._memory, "data halves seen", load=nothing, store=Countdown(at))
+        watch(table._memory, "data words halves seen", load=nothing, store=Countdown(at))
         try:
             change(table)
             killed = False
@@ -772,3 +774,37 @@ def test_a_table_whose_number_of_buckets_is_no_power_of_two_is_a_contradiction()
     finally:
         tables.close()
         other.close()
+
+
+def memory_bytes(region: Region) -> int:
+    """What a region takes of memory; reading takes some too where nothing was."""
+    return 512 * os.fstat(region.descriptor).st_blocks
+
+
+def test_a_look_up_takes_no_memory_where_nothing_was_ever_written(tables: Tables) -> None:
+    table, view = sides(tables)
+    flows = tables.flows[-1]
+    before = memory_bytes(flows)
+    for port in range(1, 2000):
+        assert view.outbound(flow(port), START) is None
+        assert view.pair(b"%04d" % port, b"peer", START) is None
+        assert table.peer(flow(port)) is None
+    assert memory_bytes(flows) == before
+
+    table.allow(flow(), PEER, MINUTE, START)
+    assert view.outbound(flow(), START) == PEER
+    assert before < memory_bytes(flows) <= before + 2 * PAGE_BYTES
+
+
+@pytest.mark.parametrize("buckets", [1, 8, 1024, 16_384, 32_768, 65_536])
+def test_every_bucket_has_a_bit_whatever_the_size_of_the_table(
+    buckets: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Tables.create(1, os.urandom, rows=4, buckets=buckets)
+    table, view = sides(made)
+    for bucket in {0, buckets // 2, buckets - 1}:
+        monkeypatch.setattr("nebula_mp.shm_flows.flow_hash", lambda _seeds, _key, at=bucket: at << 40 | 1)
+        assert view.outbound(flow(bucket), START) is None
+        table.allow(flow(bucket), PEER, MINUTE, START)
+        assert view.outbound(flow(bucket), START) == PEER
+    made.close()

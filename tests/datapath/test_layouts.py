@@ -36,6 +36,7 @@ def python() -> dict[str, tuple[int, int]]:
         found |= {name: (8 * getattr(module, name), 8) for name in names}
     found["SEEDS"] = (8 * shm_table.SEEDS, 8 * shm_table.SEED_COUNT)
     found["TIMEOUTS"] = (8 * shm_table.TIMEOUTS, 8 * shm_table.TIMEOUT_COUNT)
+    found["USED"] = (8 * shm_table.USED, 8 * shm_table.USED_COUNT)
     found["ROWS_AT_WORD"] = (shm_table.ROWS_AT, 0)
     found["HEADER"] = (0, shm._HEADER.size)
     found |= members("HEADER", HEADER)

@@ -3,7 +3,8 @@
 //! Knows where a key's row is, and whether it is whole; knows nothing of other tables, nor of what a verdict means for
 //! a packet. A bucket is a line of tags, then 7 rows of a cache line each, so that a hit touches two lines and a miss
 //! one. A row is read under its sequence number, which is odd while its writer is at it; what was read is a copy,
-//! since its writer may have gone mad.
+//! since its writer may have gone mad. A bit in the first page says of a group of buckets whether any of them was ever
+//! written to, so that a look-up touches nothing where there is nothing.
 //!
 //! A row holds while it has the current rules generation and its last packet is not older than its timeout.
 
@@ -14,7 +15,7 @@ use crate::error::Result;
 use crate::ip::{FlowKey, TCP, UDP};
 use crate::layout::{
     row_count, Bucket, FlowRow, SeenRow, BUCKETS_MAX, BUCKET_ROWS, ROWS_AT, ROWS_AT_WORD,
-    RULES_GENERATION, SEEDS, SEED_COUNT, TIMEOUTS,
+    RULES_GENERATION, SEEDS, SEED_COUNT, TIMEOUTS, USED, USED_COUNT,
 };
 use crate::region::Region;
 
@@ -31,6 +32,9 @@ pub const REFUSE: u32 = 2;
 const ALLOW_ANY: u32 = ALLOW << Direction::Outbound.shift() | ALLOW << Direction::Inbound.shift();
 const ORIGIN_SHIFT: u32 = 4;
 const TWO_BITS: u32 = 3;
+
+/// How many groups of buckets there are bits for.
+const GROUPS_MAX: usize = 64 * USED_COUNT;
 
 const TAGS_AT: usize = offset_of!(Bucket, tags);
 const ROWS_IN_BUCKET_AT: usize = offset_of!(Bucket, rows);
@@ -156,6 +160,7 @@ pub struct FlowRows {
     flows: Region,
     seen: Region,
     mask: usize,
+    group_shift: u32,
 }
 
 impl FlowRows {
@@ -174,6 +179,7 @@ impl FlowRows {
             flows,
             seen,
             mask: buckets - 1,
+            group_shift: buckets.ilog2().saturating_sub(GROUPS_MAX.ilog2()),
         })
     }
 
@@ -226,6 +232,10 @@ impl FlowRows {
     /// The first whole row with this key.
     #[inline]
     pub fn find(&self, place: Place, key: &FlowKey) -> Option<Row> {
+        let (word, bit) = self.used(place.bucket);
+        if self.flows.word(word).load(Ordering::Relaxed) & bit == 0 {
+            return None;
+        }
         for number in 0..BUCKET_ROWS {
             if self.tag(place.bucket, number) != place.tag {
                 continue;
@@ -237,6 +247,13 @@ impl FlowRows {
             }
         }
         None
+    }
+
+    /// Index of the word, and which of its bits, that say whether a bucket's group was ever written to.
+    #[inline]
+    fn used(&self, bucket: usize) -> (usize, u64) {
+        let group = bucket >> self.group_shift;
+        (USED + group / 64, 1 << (group % 64))
     }
 
     /// What was hashed to get to a row, in part; 0 if it was never used.
@@ -302,6 +319,9 @@ impl FlowRows {
             let at = self.flows.word(word + number);
             at.store(value, Ordering::Relaxed);
         };
+        let (group, bit) = self.used(bucket);
+        let group = self.flows.word(group);
+        group.store(group.load(Ordering::Relaxed) | bit, Ordering::Relaxed);
         let sequence = self.flows.half(half).load(Ordering::Relaxed) | 1;
         self.flows.half(half).store(sequence, Ordering::Relaxed);
         // Nothing below is seen before the odd number is.

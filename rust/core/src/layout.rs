@@ -36,6 +36,10 @@ pub const SEED_COUNT: usize = 6;
 pub const TIMEOUTS: usize = SEEDS + SEED_COUNT;
 /// How many of them there are.
 pub const TIMEOUT_COUNT: usize = 3;
+/// Flows: index of the first word of the bits that say which groups of buckets were ever written to.
+pub const USED: usize = PAGE_BYTES / 2 / 8;
+/// How many words of them there are.
+pub const USED_COUNT: usize = PAGE_BYTES / 2 / 8;
 /// Span: index of the word that says whether its worker will still send what it sealed.
 pub const LIVE: usize = HEADER_WORDS;
 /// Span: index of the word that says from which row on none was ever written.
@@ -65,7 +69,7 @@ pub const KEYS: Layout = layout("tunnel keys", b"nmp:keys");
 pub const PEERS: Layout = layout("peers", b"nmp:peer");
 /// Verdicts by inner addresses and ports.
 pub const FLOWS: Layout = Layout {
-    version: 2,
+    version: 3,
     ..layout("flows", b"nmp:flow")
 };
 /// When each flow last had a packet.
@@ -240,6 +244,7 @@ pub fn offsets() -> Vec<(String, usize, usize)> {
         ("RULES_GENERATION", RULES_GENERATION, 1),
         ("SEEDS", SEEDS, SEED_COUNT),
         ("TIMEOUTS", TIMEOUTS, TIMEOUT_COUNT),
+        ("USED", USED, USED_COUNT),
         ("LIVE", LIVE, 1),
         ("TOUCHED", TOUCHED, 1),
         ("HEAD", HEAD, 1),

@@ -3,7 +3,7 @@
 use super::*;
 use crate::layout::{
     BUCKET_ROWS, FLOWS, HEADER_WORDS, PEERS, ROWS_AT, ROWS_AT_WORD, RULES_GENERATION, SEEDS, SEEN,
-    STATS, TIMEOUTS,
+    STATS, TIMEOUTS, USED,
 };
 use crate::region::PAGE_BYTES;
 use crate::stats::COUNTED;
@@ -158,6 +158,7 @@ impl Tables {
         let Place { bucket, tag } = place(key);
         let at = ROWS_AT + 512 * bucket;
         let flows = &self.flows[table];
+        flows.patch_word(USED, flows.word(USED) | 1 << bucket);
         flows.patch(at + 8 + 4 * row.number, &tag.to_le_bytes());
         let mut bytes = Vec::new();
         bytes.extend(row.sequence.to_le_bytes());

@@ -33,6 +33,8 @@ use nebula_mp_core::windows::ReceiveWindows;
 use crate::memory::{region, rows, word, Ring, NAMES, PAGE, ROWS};
 use crate::packets::{FAR4, FAR6};
 
+/// Bits of the buckets that were written to.
+const USED: usize = 2048;
 const BUCKETS: usize = 256;
 pub const INDEX: u32 = 0xBEEF_0003;
 const ROW: usize = (INDEX & 0xFFFF) as usize;
@@ -434,6 +436,7 @@ impl Host {
         row.extend(60_000_u32.to_le_bytes());
         row.extend(verdicts.to_le_bytes());
         assert_eq!(row.len(), 64);
+        self.flows.patch(USED + bucket / 8, &[0xFF]);
         self.flows.patch(row_at, &row);
         self.flows.patch(at + 8 + 4 * number, &tag.to_le_bytes());
         let seen = PAGE + 8 * (bucket * 7 + number);

@@ -22,6 +22,8 @@ use nebula_mp_core::upcalls::{Limits, Upcalls, RECORD_BYTES};
 
 use crate::memory::{region, rows, store_word, word, Ring, NAMES, PAGE, ROWS};
 
+/// Bits of the buckets that were written to.
+const USED: usize = 2048;
 const BUCKETS: usize = 256;
 const DIGEST: u64 = 0x1234_5678_9ABC_DEF0;
 const PEER_GENERATION: u64 = 5;
@@ -393,6 +395,7 @@ impl Site {
         data.extend(1_000_000_u32.to_le_bytes());
         data.extend(verdicts.to_le_bytes());
         assert_eq!(data.len(), 64);
+        self.flows.patch(USED + bucket / 8, &[0xFF]);
         store_word(
             &self.seen,
             PAGE + 8 * (bucket * 7 + row),

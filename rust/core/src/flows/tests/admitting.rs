@@ -545,3 +545,12 @@ fn what_is_admitted_is_of_the_rules_that_the_pair_was_of() {
     };
     assert_eq!(tables.row(OURS, &key(1)), Some(expected));
 }
+
+#[test]
+fn who_admits_a_flow_says_that_its_bucket_was_written_to() {
+    let mut tables = Tables::new();
+    tables.put(CONTROL, &key(1).pair(), PAIR);
+    assert_eq!(tables.flows[OURS].word(USED), 0);
+    assert_eq!(tables.view.outbound(&key(1), NOW), Outbound::To(PEER));
+    assert_eq!(tables.flows[OURS].word(USED), 1 << place(&key(1)).bucket);
+}

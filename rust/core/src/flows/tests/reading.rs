@@ -228,3 +228,13 @@ fn a_row_is_never_read_half_of_one_and_half_of_another() {
         }
     });
 }
+
+#[test]
+fn buckets_that_were_never_written_to_are_not_looked_at() {
+    let mut tables = Tables::new();
+    tables.put(OURS, &key(1), ROW);
+    tables.flows[OURS].patch_word(USED, 0);
+    assert_eq!(tables.view.outbound(&key(1), NOW), Outbound::Unknown);
+    tables.flows[OURS].patch_word(USED, 1 << place(&key(1)).bucket);
+    assert_eq!(tables.view.outbound(&key(1), NOW), Outbound::To(PEER));
+}
