@@ -172,7 +172,9 @@ def test_the_layouts_have_names_of_their_own_and_a_version() -> None:
         b"nmp:traf",
         b"nmp:jrnl",
     ]
-    assert {layout.name for layout in layouts if layout.version != 1} == {"flows"}  # which had no pairs, and no bits
+    assert {layout.name for layout in layouts if layout.version != 1} == {
+        "flows"
+    }  # which had no pairs, and no bits
     assert FLOWS.version == 3
 
 

@@ -22,7 +22,7 @@ from dataclasses import replace
 from nebula_mp import clock
 from nebula_mp.config.model import Offloads
 from nebula_mp.workers import reader
-from nebula_mp.workers.worker_loop import FinishSignal
+from nebula_mp.workers.worker_loop import BELT_MS, FinishSignal
 from tests.datapath.sites import FAR, NEAR, connect, message
 from tests.datapath.superpackets import TIMESTAMPS
 from tests.support.packets import TCP, ip, tcp
@@ -77,9 +77,15 @@ class Bench:
         self.counter += 1
 
     def work(self) -> None:
-        """Sleep and pass once."""
-        out, into = self.loop._wait()
-        self.loop._pass(out=out, into=into)
+        """Sleep and pass once, as the loop does."""
+        self.work_at(self.loop._sources.wait(BELT_MS, reader._ALL))
+
+    def work_at(self, found: int) -> None:
+        """Pass over the directions in which something has come."""
+        if found & reader._TUN:
+            self.loop._out.work(reader.BUDGET, True)
+        if found & reader._INBOUND:
+            self.loop._into.work(reader.BUDGET, True)
 
     def sent(self) -> None:
         """Take what was sent."""
@@ -151,7 +157,7 @@ def main() -> None:
     with Rig(poison=False, areas=32) as rig:
         bench = Bench(rig)
         calls = Calls(bench)
-        bench.loop._pass(out=True, into=True)
+        bench.work_at(reader._ALL)
         ways = {"out": (bench.feed_out, bench.sent), "in": (bench.feed_in, bench.written)}
         if chosen:
             feed, take = ways[chosen]
