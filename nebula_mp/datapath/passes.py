@@ -71,7 +71,6 @@ class Sources:
     """A `datapath.api.Sources`."""
 
     def __init__(self, descriptors: Sequence[int]) -> None:
-        self._descriptors = tuple(descriptors)
         self._bits = {descriptor: 1 << place for place, descriptor in enumerate(descriptors)}
         self._heeded = 0
         self._poll = select.poll()
