@@ -3,7 +3,7 @@
 Data flow: reader: Producer -> [shm_ring] -> Consumer: writer, or the reader itself while it has the lease
            reader: Producer -> [shm_ring] -> Consumer: control (upcalls), another reader (strangers)
 Knows areas, entries and who may touch them; knows nothing of what the bytes mean or where they go.
-Source: docs/architecture.md, "The ring"; eventfd(2); the rules in shm.py.
+Source: docs/architecture.md, "Who drains"; eventfd(2); the rules in shm.py.
 
 Layout. A ring is two regions, so that each side can map the other's words read-only. One writer each:
 
@@ -73,10 +73,10 @@ rings. No wake-up is lost if
 - a reader that drops the lease with areas left rings, and a writer that does so comes back for them;
 - the supervisor, having cleared the lease, rings after every death: it may have come between store and ring.
 
-The time limit of `Bell.wait` is a belt. There is no word "I am asleep" that would spare the producer the
-call: it would need the store of head to be visible before the load of that word, the one order that x86-64
-does not keep and Python cannot ask for. The call costs 0.15 us for an area of up to 71 KiB and takes a lock
-in the kernel, which also makes the stores before it visible.
+The time limit of a consumer's sleep is a belt. There is no word "I am asleep" that would spare the producer
+the call: it would need the store of head to be visible before the load of that word, the one order that
+x86-64 does not keep and Python cannot ask for. The call costs 0.15 us for an area of up to 71 KiB and takes
+a lock in the kernel, which also makes the stores before it visible.
 """
 
 import contextlib

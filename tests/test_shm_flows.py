@@ -796,15 +796,42 @@ def test_a_look_up_takes_no_memory_where_nothing_was_ever_written(tables: Tables
     assert before < memory_bytes(flows) <= before + 2 * PAGE_BYTES
 
 
-@pytest.mark.parametrize("buckets", [1, 8, 1024, 16_384, 32_768, 65_536])
+@pytest.mark.parametrize("buckets", [1, 8, 1024, 16_384, 32_768, 65_536, 1 << 17])
 def test_every_bucket_has_a_bit_whatever_the_size_of_the_table(
     buckets: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = Tables.create(1, os.urandom, rows=4, buckets=buckets)
     table, view = sides(made)
-    for bucket in {0, buckets // 2, buckets - 1}:
+    bits = 0
+    for port, bucket in enumerate(sorted({0, buckets // 3, buckets // 2, buckets - 1})):
         monkeypatch.setattr("nebula_mp.shm_flows.flow_hash", lambda _seeds, _key, at=bucket: at << 40 | 1)
-        assert view.outbound(flow(bucket), START) is None
-        table.allow(flow(bucket), PEER, MINUTE, START)
-        assert view.outbound(flow(bucket), START) == PEER
+        assert view.outbound(flow(port), START) is None
+        table.allow(flow(port), PEER, MINUTE, START)
+        assert view.outbound(flow(port), START) == PEER
+        bits |= 1 << bucket * min(buckets, 16_384) // buckets
+        assert used_bits(made.flows[-1]) == bits
     made.close()
+
+
+def used_bits(region: Region) -> int:
+    """Which groups of buckets were written to, in the second half of the first page."""
+    return int.from_bytes(os.pread(region.read_only, PAGE_BYTES // 2, PAGE_BYTES // 2), "little")
+
+
+def test_a_writer_killed_at_any_store_has_said_where_it_wrote() -> None:
+    at, killed = 0, True
+    while killed:
+        tables = small(buckets=1)
+        table = table_of(tables)
+        table.set_rules_generation(1)
+        watch(table._memory, "data words halves seen", load=nothing, store=Countdown(at))
+        try:
+            table.allow(flow(), PEER, MINUTE, START)
+            killed = False
+        except KilledError:
+            pass
+        bucket = os.pread(tables.flows[-1].read_only, 512, PAGE_BYTES)
+        assert used_bits(tables.flows[-1]) == 1 or not any(bucket)
+        tables.close()
+        at += 1
+    assert at > 3

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple, Self
 
 from nebula_mp import _accel
 from nebula_mp.config.model import Offloads
-from nebula_mp.datapath.api import CounterFds, Drain, ReaderMemory, RingEnd, UpcallLimits
+from nebula_mp.datapath.api import SOURCES_MAX, CounterFds, Drain, ReaderMemory, RingEnd, UpcallLimits
 from nebula_mp.newtypes import Buffer, Counter, IPNetwork, Seconds
 from nebula_mp.shm_counters import Refusal, SendCounters
 from nebula_mp.shm_ring import Bell
@@ -172,6 +172,7 @@ class NativeKernel:
 
     def sources(self, descriptors: Sequence[int]) -> _accel.Sources:
         """As `Kernel.sources`."""
+        assert len(set(descriptors)) == len(descriptors) <= SOURCES_MAX
         return _accel.Sources(descriptors)
 
     def checksum(self, data: Buffer) -> int:

@@ -17,13 +17,16 @@ Who may call what:
 | Upcalls | reader i; shared by its two parts       | fills upcall ring i                                  |
 | Drain   | whoever has the ring's lease: reader i  | makes the system calls of that ring's areas          |
 |         | or writer i                             |                                                      |
+| Half    | reader i                                | uses its Sealer or Opener, and takes and drops the   |
+|         |                                         | lease of its Drain                                   |
+| Sources | reader i                                |                                                      |
 
 Buffers. What is read from a descriptor stays in memory of the reader's own until it was sealed or opened into
 the area being filled; an area is the producer's until it is published, and the consumer's until every system
 call on it has returned. Nobody outside a kernel gets a view of either. An `Upcall` is a copy.
 
-Waiting. No part blocks. A Drain waits at most 1 ms (UDP) or 10 ms (TUN) for room for a call, and after one
-wait in vain no more in the same call; `Sources.wait` sleeps for as long as it is told.
+Waiting. No part blocks but Sources, which sleeps for as long as it is told. A Drain waits at most 1 ms (UDP)
+or 10 ms (TUN) for room for a call, and after one wait in vain no more in the same call.
 
 Errors. What a peer, a stranger or the local stack sends never raises. OSError: the descriptor is lost, which
 no network can cause. RingError: shared memory contradicts us. After either the part may not be used again,
@@ -330,15 +333,18 @@ MORE: Final = 1
 HOLDING: Final = 2
 """The sealer holds packets back."""
 
+SOURCES_MAX: Final = 64
+
 
 class Half(Protocol):
     """One direction of a reader: what fills a ring, and the end from which the same process may empty it."""
 
     def work(self, budget: int, drains: bool) -> int:  # noqa: FBT001 - called for each packet that comes alone
-        """One pass; gives `MORE` and `HOLDING`, or-ed. As `poll` and `drain`.
+        """One pass; gives `MORE` and `HOLDING`, or-ed. Raises OSError, RingError.
 
         `drains`: the ring is emptied too, before and after it is filled, unless the writer has the lease,
-        which is counted. Rings the writer if areas are left for it.
+        which is counted. Rings the writer if areas are left for it. The reader's clock is read in it, before
+        or after what was left in the ring is drained.
         """
 
 
@@ -349,26 +355,26 @@ class Sources(Protocol):
         """Sleep until one of `heeded` is readable, at most `limit_ms`; gives which are.
 
         One that has failed is among them, heeded or not. 0 after that time, or perhaps when a signal has
-        come. Raises OSError.
+        come. Other threads of the process may have to wait meanwhile. Raises OSError.
         """
 
 
 class Reader(Protocol):
-    """The two halves of a reader over one set of tables."""
+    """A Sealer and an Opener over one set of tables."""
 
     @property
     def sealer(self) -> Sealer:
-        """The outbound half."""
+        """What fills the seal ring."""
 
     @property
     def opener(self) -> Opener:
-        """The inbound half."""
+        """What fills the open ring."""
 
     def outbound(self, drain: "Drain", writer: Bell) -> Half:
-        """The sealer with the consumer's end of its ring, a drain of the same kernel."""
+        """The Sealer with the consumer's end of its ring, a drain of the same kernel."""
 
     def inbound(self, drain: "Drain", writer: Bell) -> Half:
-        """The opener with the consumer's end of its ring, a drain of the same kernel."""
+        """The Opener with the consumer's end of its ring, a drain of the same kernel."""
 
     def sweep(self) -> int:
         """Forget the keys of tunnels that changed or ended; gives how many. Call it once a second."""
@@ -442,7 +448,7 @@ class Kernel(Protocol):
         """
 
     def sources(self, descriptors: Sequence[int]) -> Sources:
-        """To sleep on; at most 64 of them."""
+        """To sleep on; at most `SOURCES_MAX` of them, none twice."""
 
     def checksum(self, data: Buffer) -> int:
         """RFC 1071."""

@@ -3,7 +3,7 @@
 Data flow: seal ring -> [UdpDrain] -> UDP socket;  open ring -> [TunDrain] -> TUN queue
 Knows which fault of a call leads to what; knows no keys, and looks inside a packet only to cut it.
 Source: udp(7), ip(7), Linux net/ipv4/udp.c (`udp_send_skb`), Documentation/networking/tuntap.rst;
-docs/architecture.md, "The ring".
+docs/architecture.md, "Who drains".
 
 What is sent or written lies in the ring area until the call on it has returned: no call keeps a reference to
 the bytes it was given. The area is released after the last of its calls.

@@ -3,7 +3,7 @@
 Data flow: workers.reader -> [Half] -> sealing | opening -> ring -> drains
            kernel -> [Sources] -> workers.reader
 Knows when to take the lease and when to ring; does not know who is to drain.
-Source: docs/architecture.md, "The ring": the pass is the one that the ring's model proves; poll(2).
+Source: docs/architecture.md, "Who drains": the pass is the one that the ring's model proves; poll(2).
 
 Order of a pass, and why:
 
@@ -19,7 +19,7 @@ import select
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from nebula_mp.datapath.api import HOLDING, MORE, Drain
+from nebula_mp.datapath.api import HOLDING, MORE, SOURCES_MAX, Drain
 from nebula_mp.shm_ring import Bell
 from nebula_mp.shm_stats import SLOTS, StatsPage
 
@@ -71,6 +71,7 @@ class Sources:
     """A `datapath.api.Sources`."""
 
     def __init__(self, descriptors: Sequence[int]) -> None:
+        assert len(set(descriptors)) == len(descriptors) <= SOURCES_MAX
         self._bits = {descriptor: 1 << place for place, descriptor in enumerate(descriptors)}
         self._heeded = 0
         self._poll = select.poll()

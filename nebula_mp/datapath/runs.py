@@ -3,7 +3,7 @@
 Data flow: datapath.sealing -> [runs] -> the area being filled of the seal ring
 Knows where in an area each datagram lies and that its entry is cut every `segment` bytes; knows nothing of
 tables, and takes no counters itself.
-Source: docs/wire-format.md for the header; docs/architecture.md, "The ring".
+Source: docs/wire-format.md for the header; docs/architecture.md, "Who drains".
 
 A plain packet is sealed from where it was read into its place. A superpacket is copied and cut to its places
 first, 16 bytes of header and 16 of tag apart, and each packet is sealed where it lies:

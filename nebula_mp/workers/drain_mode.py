@@ -2,7 +2,7 @@
 
 Data flow: workers.reader: clocks and counters -> [drain_mode.AutoDrain] -> DrainMode -> workers.reader
 Knows shares of time and rates, and when a trial has paid; knows nothing of rings, leases or system calls.
-Source: docs/architecture.md, "The ring"; measured on two cores, see the constants.
+Source: docs/architecture.md, "Who drains"; measured on two cores, see the constants.
 
 One process does everything with no switch between packets; two are a pipeline, worth up to half as much again
 on one stream while a second core has nothing else to do, and a tenth less otherwise. Nothing that one process

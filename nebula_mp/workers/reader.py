@@ -4,7 +4,7 @@ Data flow: TUN queue i -> [workers.reader] -> seal ring -> UDP, by this process 
            UDP socket i, other readers' strangers -> [workers.reader] -> open ring -> TUN, by either
            what the tables do not answer -> upcall ring -> control
 Knows when to look at what, and who drains; decides nothing about packets: that is the datapath's.
-Source: docs/architecture.md, "The ring": the pass is the one that the ring's model proves.
+Source: docs/architecture.md, "Who drains": the pass is the one that the ring's model proves.
 
 What a pass does, and why in that order: `datapath.passes`. A direction in which nothing has come is left
 alone: what waits in its ring was rung for when it was filled.

@@ -2,7 +2,7 @@
 
 Data flow: workers.parts -> [workers.worker_loop] -> workers.reader | workers.writer -> exit code
 Knows which lock and which rights belong to which ring of a worker; knows nothing of packets.
-Source: docs/architecture.md, "The ring"; signal(7).
+Source: docs/architecture.md, "Who drains"; signal(7).
 """
 
 import os

@@ -3,7 +3,7 @@
 Data flow: reader i -> seal ring -> [workers.writer] -> UDP socket
                     -> open ring -> [workers.writer] -> TUN queue i
 Knows when to look at the rings and when to sleep; knows no key and nothing of packets.
-Source: docs/architecture.md, "The ring": the loop is the one that the ring's model proves.
+Source: docs/architecture.md, "Who drains": the loop is the one that the ring's model proves.
 
 It sleeps until its bell is rung, which it empties before it looks at the rings. A ring whose lease another
 process has is that one's affair: it drains it or rings again. So a reader that is stopped while it has the

@@ -77,7 +77,7 @@ class Bench:
         self.counter += 1
 
     def work(self) -> None:
-        """Sleep and pass once, as the loop does."""
+        """Sleep and pass once, without what the loop does beside: flags, counting, the clock."""
         self.work_at(self.loop._sources.wait(BELT_MS, reader._ALL))
 
     def work_at(self, found: int) -> None:

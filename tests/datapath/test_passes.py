@@ -11,10 +11,12 @@ from types import FrameType
 
 import pytest
 
-from nebula_mp.datapath.api import MORE, Half
+from nebula_mp.datapath.api import HOLDING, MORE, Half
 from nebula_mp.newtypes import Seconds
+from nebula_mp.shm_counters import SPAN_MAX
 from nebula_mp.shm_ring import Bell
-from tests.datapath.sites import Site, deliver, message, packet
+from tests.datapath.conftest import MakeSite
+from tests.datapath.sites import INDEX_NEAR, Site, connect, deliver, message, packet, store_counter
 from tests.support.native import current
 
 pytestmark = pytest.mark.usefixtures("kernel")
@@ -29,10 +31,11 @@ def bell() -> Iterator[Bell]:
     made.close()
 
 
-def outbound(site: Site, bell: Bell) -> Half:
-    udp, tunnels, stats = site.udp[0].fileno(), site.tables.tunnels.read_only, site.pages[1].descriptor
-    drain = site.kernel.drain_udp(site.seal_end(), udp, tunnels=tunnels, stats=stats, offloads=site.offloads)
-    return site.reader().outbound(drain, bell)
+def outbound(site: Site, bell: Bell, worker: int = 0) -> Half:
+    udp, tunnels, stats = site.udp[worker].fileno(), site.tables.tunnels.read_only, site.pages[-1].descriptor
+    end = site.seal_end(worker)
+    drain = site.kernel.drain_udp(end, udp, tunnels=tunnels, stats=stats, offloads=site.offloads)
+    return site.reader(worker).outbound(drain, bell)
 
 
 def inbound(site: Site, bell: Bell) -> Half:
@@ -103,6 +106,25 @@ def test_a_pass_asks_the_clock_that_the_reader_was_given(site: Site, bell: Bell)
     assert [each.reason.name for each in site.upcalls()] == ["NEW_FLOW_OUT"]
 
 
+def test_a_pass_says_that_packets_are_held_back_and_when_no_more(make_site: MakeSite, bell: Bell) -> None:
+    """Another worker has an older packet of the tunnel unsent: a peer would take ours for one from the past."""
+    site = make_site(workers=2)
+    connect(site)
+    site.allow(packet(0))
+    slow, half = site.reader(0).sealer, outbound(site, bell, worker=1)
+    site.inside.send(packet(0))
+    assert slow.poll(1) == 1
+    store_counter(site, INDEX_NEAR & 0xFFFF, 3 + SPAN_MAX)
+    site.inside.send(packet(0))
+
+    assert half.work(64, True) == HOLDING
+    assert half.work(64, True) == HOLDING
+    assert inbound(site, bell).work(64, True) == 0, "which has nothing to do with it"
+    site.send(0)
+    assert half.work(64, True) == 0
+    assert site.stats()["mp.udp.tx.packets"] == 2
+
+
 # What a reader sleeps on.
 
 
@@ -140,6 +162,14 @@ def test_what_is_not_heeded_wakes_nobody_until_it_is(pairs: Pairs) -> None:
     assert time.monotonic() - begun >= 0.045
     assert sources.wait(LIMIT_MS, 0b010) == 0b010
     assert sources.wait(0, 0b001) == 0
+
+
+def test_there_are_at_most_64_sources_and_none_twice(pairs: Pairs) -> None:
+    descriptor = pairs[0][0].fileno()
+    with pytest.raises(AssertionError):
+        current().sources(range(65))
+    with pytest.raises(AssertionError):
+        current().sources([descriptor, descriptor])
 
 
 def test_a_source_that_failed_shows_although_it_is_not_heeded() -> None:

@@ -10,12 +10,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ipaddress import ip_address
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from nebula_mp.errors import SystemCallError
 from tools.iperf_harness import connections, traffic
+from tools.iperf_harness.bench import Bench
+from tools.iperf_harness.cases import CASES
 
 CONNECTIONS = connections.__file__
 WITHIN_S = 30.0
@@ -139,10 +142,26 @@ def test_connections_are_made_counted_and_timed_and_those_refused_are_failures(a
     assert 0 < served["p50_us"] <= served["p99_us"]
 
 
-def test_the_receiver_of_udp_has_the_buffer_that_was_asked_for() -> None:
+@pytest.mark.parametrize("option", [socket.SO_RCVBUF, socket.SO_SNDBUF])
+def test_linux_gives_the_buffers_of_udp_that_iperf3_insists_on(option: int) -> None:
     size = traffic.udp_buffer_bytes()
 
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
-        receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
-        assert receiver.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) >= size
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as made:
+        made.setsockopt(socket.SOL_SOCKET, option, size)
+        assert made.getsockopt(socket.SOL_SOCKET, option) >= size
     assert 0 < size <= traffic.UDP_BUFFER_BYTES
+
+
+@pytest.mark.parametrize("case", ["udp-64", "udp-1200", "udp-paced"])
+def test_iperf3_is_asked_for_these_buffers(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def iperf(*arguments: object, seconds: float) -> dict[str, Any]:
+        asked.extend(str(each) for each in arguments[3:])
+        return end_of(sum_sent={"packets": 1}, sum_received={"bytes": 1200, "seconds": seconds})
+
+    monkeypatch.setattr(traffic, "iperf", iperf)
+    bench = cast(Bench, SimpleNamespace(client=None, server=None, target="10.0.0.2"))
+    CASES[case].send(bench, 1.0)
+
+    assert asked[asked.index("--window") + 1] == str(traffic.udp_buffer_bytes())

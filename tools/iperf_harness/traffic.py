@@ -66,9 +66,15 @@ def iperf(
 
 
 def udp_buffer_bytes() -> int:
-    """What iperf3 gets of `UDP_BUFFER_BYTES`: Linux gives at most twice its limits. Raises OSError."""
-    limits = (Path("/proc/sys/net/core", name).read_text() for name in ("rmem_max", "wmem_max"))
-    return min(UDP_BUFFER_BYTES, *(2 * int(limit) for limit in limits))
+    """What to ask for iperf3: `UDP_BUFFER_BYTES`, or what Linux gives. Raises SystemCallError.
+
+    Linux doubles what it is asked for, up to twice its limits; iperf3 ends if it sees less than it wanted.
+    """
+    paths = [Path("/proc/sys/net/core", name) for name in ("rmem_max", "wmem_max")]
+    try:
+        return min(UDP_BUFFER_BYTES, *(2 * int(path.read_text()) for path in paths))
+    except OSError as error:
+        raise SystemCallError(f"{error.filename}: {error.strerror}") from error
 
 
 def tcp_figures(report: Mapping[str, Any]) -> Figures:

@@ -6,12 +6,11 @@
 //! ```
 //!
 //! Knows when to take and to drop the lease; does not know who is to drain, and wakes nobody.
-//! Source: docs/architecture.md, "The ring": the pass is the one that the ring's model proves.
+//! Source: docs/architecture.md, "Who drains": the pass is the one that the ring's model proves.
 
 use crate::drains::{TunDrain, UdpDrain};
 use crate::error::Result;
 use crate::opener::Opener;
-use crate::ring::Consumer;
 use crate::sealer::Sealer;
 
 /// What fills a ring.
@@ -26,10 +25,14 @@ pub trait Fill {
 
 /// The end from which the same ring is emptied.
 pub trait Empty {
-    /// For the lease.
-    fn ring(&mut self) -> &mut Consumer;
+    /// How many areas the ring has.
+    fn areas(&self) -> usize;
+    /// Become the consumer; false when another process is.
+    fn try_take(&mut self) -> bool;
     /// Empty at most `budget` areas.
     fn drain(&mut self, budget: usize) -> Result<usize>;
+    /// Let the other process drain; true when areas are left.
+    fn drop_lease(&mut self) -> Result<bool>;
 }
 
 /// What a pass did.
@@ -51,12 +54,12 @@ pub fn pass(
     drains: bool,
     now_us: u64,
 ) -> Result<Passed> {
-    if drains && drain.ring().try_take() {
-        let areas = drain.ring().geometry().areas;
+    if drains && drain.try_take() {
+        let areas = drain.areas();
         drain.drain(areas)?; // seldom any
         let taken = fill.poll(budget, now_us)?;
         drain.drain(areas)?;
-        let left = drain.ring().drop_lease()?;
+        let left = drain.drop_lease()?;
         return Ok(Passed {
             taken,
             left,
@@ -98,22 +101,172 @@ impl Fill for Opener {
     }
 }
 
-impl Empty for UdpDrain {
-    fn ring(&mut self) -> &mut Consumer {
-        &mut self.ring
-    }
+/// Spelled once: the drains differ in what they do with an entry.
+macro_rules! empty {
+    ($drain:ty) => {
+        impl Empty for $drain {
+            fn areas(&self) -> usize {
+                self.ring.geometry().areas
+            }
 
-    fn drain(&mut self, budget: usize) -> Result<usize> {
-        Self::drain(self, budget)
-    }
+            fn try_take(&mut self) -> bool {
+                self.ring.try_take()
+            }
+
+            fn drain(&mut self, budget: usize) -> Result<usize> {
+                Self::drain(self, budget)
+            }
+
+            fn drop_lease(&mut self) -> Result<bool> {
+                self.ring.drop_lease()
+            }
+        }
+    };
 }
 
-impl Empty for TunDrain {
-    fn ring(&mut self) -> &mut Consumer {
-        &mut self.ring
+empty!(UdpDrain);
+empty!(TunDrain);
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use super::*;
+    use crate::error::Fault;
+
+    /// Both ends of a ring, and what was done with them.
+    #[derive(Default)]
+    struct Ring {
+        is_taken: bool,
+        is_lost: bool,
+        waiting: usize,
+        done: RefCell<Vec<String>>,
     }
 
-    fn drain(&mut self, budget: usize) -> Result<usize> {
-        Self::drain(self, budget)
+    struct Filling<'a>(&'a RefCell<Ring>);
+    struct Draining<'a>(&'a RefCell<Ring>);
+
+    impl Ring {
+        fn note(&self, what: impl Into<String>) {
+            self.done.borrow_mut().push(what.into());
+        }
+    }
+
+    impl Fill for Filling<'_> {
+        fn poll(&mut self, budget: usize, now_us: u64) -> Result<usize> {
+            let mut ring = self.0.borrow_mut();
+            ring.note(format!("fill {budget} at {now_us}"));
+            if ring.is_lost {
+                return Err(Fault::Lost(libc::EBADF));
+            }
+            ring.waiting += 1;
+            Ok(3)
+        }
+
+        fn waiting(&mut self) -> Result<u64> {
+            Ok(self.0.borrow().waiting as u64)
+        }
+
+        fn is_holding(&self) -> bool {
+            false
+        }
+    }
+
+    impl Empty for Draining<'_> {
+        fn areas(&self) -> usize {
+            8
+        }
+
+        fn try_take(&mut self) -> bool {
+            self.0.borrow().note("take");
+            !self.0.borrow().is_taken
+        }
+
+        fn drain(&mut self, budget: usize) -> Result<usize> {
+            let mut ring = self.0.borrow_mut();
+            ring.note(format!("drain {} of {budget}", ring.waiting));
+            Ok(std::mem::take(&mut ring.waiting))
+        }
+
+        fn drop_lease(&mut self) -> Result<bool> {
+            self.0.borrow().note("drop");
+            Ok(self.0.borrow().waiting > 0)
+        }
+    }
+
+    fn passed(ring: Ring, drains: bool) -> (Result<Passed>, Vec<String>) {
+        let ring = RefCell::new(ring);
+        let passed = pass(&mut Filling(&ring), &mut Draining(&ring), 64, drains, 7);
+        (passed, ring.into_inner().done.into_inner())
+    }
+
+    #[test]
+    fn the_ring_is_emptied_before_it_is_filled_and_after_while_the_lease_is_ours() {
+        let (passed, done) = passed(
+            Ring {
+                waiting: 2,
+                ..Ring::default()
+            },
+            true,
+        );
+        let expected = Passed {
+            taken: 3,
+            left: false,
+            refused: false,
+        };
+        assert_eq!(passed.unwrap(), expected);
+        assert_eq!(
+            done,
+            [
+                "take",
+                "drain 2 of 8",
+                "fill 64 at 7",
+                "drain 1 of 8",
+                "drop"
+            ]
+        );
+    }
+
+    #[test]
+    fn a_lease_that_another_process_has_is_left_alone_and_said() {
+        let (passed, done) = passed(
+            Ring {
+                is_taken: true,
+                ..Ring::default()
+            },
+            true,
+        );
+        let expected = Passed {
+            taken: 3,
+            left: true,
+            refused: true,
+        };
+        assert_eq!(passed.unwrap(), expected);
+        assert_eq!(done, ["take", "fill 64 at 7"]);
+    }
+
+    #[test]
+    fn a_lease_that_is_not_wanted_is_not_asked_for() {
+        let (passed, done) = passed(Ring::default(), false);
+        let expected = Passed {
+            taken: 3,
+            left: true,
+            refused: false,
+        };
+        assert_eq!(passed.unwrap(), expected);
+        assert_eq!(done, ["fill 64 at 7"]);
+    }
+
+    #[test]
+    fn a_descriptor_that_is_lost_ends_the_pass() {
+        let (passed, done) = passed(
+            Ring {
+                is_lost: true,
+                ..Ring::default()
+            },
+            true,
+        );
+        assert!(matches!(passed, Err(Fault::Lost(libc::EBADF))));
+        assert_eq!(done, ["take", "drain 0 of 8", "fill 64 at 7"]);
     }
 }

@@ -105,7 +105,7 @@ impl Process {
         }
     }
 
-    /// As `workers.reader._Half.work`, with both modes by turns; for ever.
+    /// As `datapath.passes.Half.work`, with both modes by turns; for ever.
     fn read(&mut self, seed: u64) {
         let (data, state) = (self.descriptors.data(true), self.descriptors.state(false));
         let mut producer = Producer::new(data, state, false).unwrap();

@@ -264,7 +264,7 @@ impl Process<'_> {
         self.found(Draining::attach(self, areas, Some(self.holder), goes_on))
     }
 
-    /// `workers.reader._Half.work`, once for each pass.
+    /// `datapath.passes.Half.work`, once for each pass.
     pub fn read(&self, passes: &[Pass]) -> Result<(), Dead> {
         let areas = self.shared.areas.len();
         let one_more = usize::from(self.without == Without::FullCheck);

@@ -238,3 +238,29 @@ fn buckets_that_were_never_written_to_are_not_looked_at() {
     tables.flows[OURS].patch_word(USED, 1 << place(&key(1)).bucket);
     assert_eq!(tables.view.outbound(&key(1), NOW), Outbound::To(PEER));
 }
+
+#[test]
+fn a_bit_stands_for_four_buckets_of_a_table_of_the_usual_size() {
+    let tables = Tables::with_buckets([65_536; TABLES], OURS).unwrap();
+    let pair = key(1).pair();
+    let bucket = (flow_hash(&SEEDED, &pair) >> 40) as usize % 65_536;
+    let rows = FlowRows::new(tables.flows[OURS].writable(), tables.seen[OURS].writable()).unwrap();
+    let at = rows.place(&SEEDED, &pair);
+    assert_eq!(at.bucket, bucket);
+    let verdict = Verdict::allow(RULES, PEER, 1, Direction::Outbound);
+    let row = Row {
+        number: 0,
+        verdict,
+        seen_ms: NOW,
+    };
+    rows.write(at, &pair, &row);
+    for word in 0..crate::layout::USED_COUNT {
+        let expected = if word == bucket / 4 / 64 {
+            1 << (bucket / 4 % 64)
+        } else {
+            0
+        };
+        assert_eq!(tables.flows[OURS].word(USED + word), expected);
+    }
+    assert_eq!(rows.find(at, &pair), Some(row));
+}
