@@ -69,7 +69,7 @@ impl From<UpcallLimits> for Limits {
     }
 }
 
-/// The two halves of a reader.
+/// A sealer and an opener over one set of tables.
 #[pyclass(unsendable, frozen)]
 pub struct Reader {
     sealer: Rc<RefCell<Sealer>>,

@@ -19,8 +19,10 @@ pub trait Fill {
     fn poll(&mut self, budget: usize, now_us: u64) -> Result<usize>;
     /// Areas published and not yet released.
     fn waiting(&mut self) -> Result<u64>;
-    /// As `Sealer::is_holding`.
-    fn is_holding(&self) -> bool;
+    /// As `Sealer::is_holding`. What came in is opened at once, or dropped.
+    fn is_holding(&self) -> bool {
+        false
+    }
 }
 
 /// The end from which the same ring is emptied.
@@ -95,10 +97,6 @@ impl Fill for Opener {
     fn waiting(&mut self) -> Result<u64> {
         Self::waiting(self)
     }
-
-    fn is_holding(&self) -> bool {
-        false // what came in is opened at once, or dropped
-    }
 }
 
 /// Spelled once: the drains differ in what they do with an entry.
@@ -165,10 +163,6 @@ mod tests {
 
         fn waiting(&mut self) -> Result<u64> {
             Ok(self.0.borrow().waiting as u64)
-        }
-
-        fn is_holding(&self) -> bool {
-            false
         }
     }
 

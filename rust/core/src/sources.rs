@@ -3,9 +3,8 @@
 //! Knows descriptors by their place in a list, and nothing of what they are.
 //! Source: poll(2).
 
-use std::io;
-
 use crate::error::{Fault, Result};
+use crate::sys;
 
 /// The most that a set of bits has room for.
 const SOURCES_MAX: usize = 64;
@@ -42,15 +41,10 @@ impl Sources {
                 0
             };
         }
-        let count = self.polled.len() as libc::nfds_t;
-        // SAFETY: `count` of them, ours.
-        let found = unsafe { libc::poll(self.polled.as_mut_ptr(), count, limit_ms) };
-        if found < 0 {
-            let error = io::Error::last_os_error();
-            return match error.kind() {
-                io::ErrorKind::Interrupted => Ok(0),
-                _ => Err(Fault::Lost(error.raw_os_error().unwrap_or(libc::EINVAL))),
-            };
+        match sys::poll(&mut self.polled, limit_ms) {
+            Ok(_) => {}
+            Err(libc::EINTR) => return Ok(0),
+            Err(number) => return Err(Fault::Lost(number)),
         }
         let ready = |(place, each): (usize, &libc::pollfd)| u64::from(each.revents != 0) << place;
         Ok(self.polled.iter().enumerate().map(ready).sum())

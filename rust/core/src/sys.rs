@@ -14,6 +14,7 @@
 
 use std::mem::{size_of, MaybeUninit};
 use std::ptr;
+use std::slice;
 use std::time::Instant;
 
 use crate::tunnels::UdpAddr;
@@ -163,6 +164,15 @@ fn repeat(mut call: impl FnMut() -> isize) -> Result<usize, i32> {
     }
 }
 
+/// Sleep until one of these has what is asked of it, or has failed, at most `limit_ms`; gives how many do. EINTR is an
+/// error like others.
+pub fn poll(sources: &mut [libc::pollfd], limit_ms: i32) -> Result<usize, i32> {
+    let count = sources.len() as libc::nfds_t;
+    // SAFETY: `count` of them, ours.
+    let found = unsafe { libc::poll(sources.as_mut_ptr(), count, limit_ms) };
+    usize::try_from(found).map_err(|_| number())
+}
+
 /// Wait for `events`, at most `limit_ms`; whether there was any, or an error, which the next call will show.
 fn wait(descriptor: i32, events: i16, limit_ms: i32) -> bool {
     let mut left_ms = limit_ms;
@@ -173,13 +183,10 @@ fn wait(descriptor: i32, events: i16, limit_ms: i32) -> bool {
             events,
             revents: 0,
         };
-        // SAFETY: one pollfd, ours.
-        let found = unsafe { libc::poll(&raw mut source, 1, left_ms) };
-        if found >= 0 {
-            return found > 0;
-        }
-        if number() != libc::EINTR {
-            return false;
+        match poll(slice::from_mut(&mut source), left_ms) {
+            Ok(found) => return found > 0,
+            Err(libc::EINTR) => {}
+            Err(_) => return false,
         }
         if let Some(begun) = begun {
             let passed = i32::try_from(begun.elapsed().as_millis()).unwrap_or(i32::MAX);
