@@ -172,10 +172,15 @@ class _Memory:
         hashed = flow_hash(self.seeds, key)
         return hashed >> 40 & self.mask, hashed & _U32 | 1
 
+    def used(self, bucket: int) -> tuple[int, int]:
+        """Index of the word, and which of its bits, that say whether a bucket's group was ever written to."""
+        group = bucket >> self.group_shift
+        return USED + (group >> 6), 1 << (group & 63)
+
     def tags(self, bucket: int) -> Sequence[int]:
         """Tags of a bucket's rows; 0: never used."""
-        group = bucket >> self.group_shift
-        if not self.words[USED + (group >> 6)] >> (group & 63) & 1:
+        word, bit = self.used(bucket)
+        if not self.words[word] & bit:
             return _NO_TAGS
         at = ROWS_AT + bucket * _BUCKET_BYTES + _TAGS_AT >> 2
         return self.halves[at : at + BUCKET_ROWS].tolist()
@@ -322,8 +327,8 @@ class FlowTable:
         tags = memory.tags(bucket)
         found = memory.find(bucket, tags, tag, key)
         number, displaced = self._make_room(bucket, tags, now_ms) if found is None else (found[0], None)
-        group = bucket >> memory.group_shift
-        memory.words[USED + (group >> 6)] |= 1 << (group & 63)
+        word, bit = memory.used(bucket)
+        memory.words[word] |= bit
         at = _row_at(bucket, number)
         half = at >> 2
         # `| 1` takes over a row that a predecessor left half written.
