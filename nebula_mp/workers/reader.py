@@ -100,8 +100,9 @@ class _Loop:
                 holding = send(BUDGET, drainer.drains) & HOLDING
             if into:
                 more = receive(BUDGET, drainer.drains) & MORE
-            if monotonic() >= self._due_at:
-                self._handle_time()
+            now = monotonic()
+            if now >= self._due_at:
+                self._handle_time(now)
             if finish.told:
                 break
             if holding or more:
@@ -119,9 +120,8 @@ class _Loop:
             holding = send(0, drainer.drains) & HOLDING
         drainer.store_cpu()
 
-    def _handle_time(self) -> None:
-        """What has to be done from time to time."""
-        now = clock.monotonic()
+    def _handle_time(self, now: Seconds) -> None:
+        """Do what has to be done from time to time."""
         self._drainer.handle_time(now)
         self._given_up.say()
         if now >= self._sweep_at:

@@ -177,8 +177,8 @@ def _udp_paced(length: int) -> Callable[[Bench, float], Sent]:
 
 
 def _udp_report(bench: Bench, length: int, bits_per_s: int, seconds: float) -> dict[str, Any]:
-    options = ["--udp", "--length", str(length), "--bitrate", str(bits_per_s)]
-    options += ["--window", str(traffic.udp_buffer_bytes())]
+    window = str(traffic.udp_buffer_bytes())
+    options = ("--udp", "--length", str(length), "--bitrate", str(bits_per_s), "--window", window)
     return traffic.iperf(bench.client, bench.server, bench.target, *options, seconds=seconds)
 
 
