@@ -27,6 +27,9 @@ IPInterface = IPv4Interface | IPv6Interface
 TunnelIndex = NewType("TunnelIndex", int)
 """u32 that a receiver chose for a tunnel; the sender writes it into each header. Never 0."""
 
+RelayIndex = NewType("RelayIndex", int)
+"""u32 that a receiver chose for a path through a relay, for the headers of relay frames. Never 0."""
+
 Counter = NewType("Counter", int)
 """u64 in the header, the AEAD nonce; never used twice under one key."""
 

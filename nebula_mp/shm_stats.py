@@ -79,6 +79,7 @@ NAMES = (
     "mp.flows.admitted",  # by readers themselves
     "mp.flows.evicted",
     "mp.strangers",
+    "mp.relay.forwarded",  # relay frames, from one peer to another
     "mp.counter.span",
     "mp.counter.busy",
     # What system calls refused.

@@ -14,6 +14,7 @@ Which process maps which region (w: also writes; the supervisor makes them all a
 | tunnels    | w       | reads                 | reads    | a row for each tunnel: all but its keys        |
 | keys       | w       | reads                 | -        | the keys of that row                           |
 | peers      | w       | reads                 | -        | current tunnel of a peer                       |
+| relays     | w       | reads                 | -        | a row for each path through a relay            |
 | flows[i]   | reads   | w: its own; reads all | -        | verdicts by inner addresses and ports          |
 | seen[i]    | w       | w                     | -        | when each flow of flows[i] last had a packet   |
 | send       | w       | w                     | -        | send counter of each tunnel                    |
@@ -46,7 +47,7 @@ PeerRef = NewType("PeerRef", int)
 Never 0."""
 
 ROWS_MAX: Final = 65_536
-"""Tunnels, and peers: a row is the low half of a local index."""
+"""Tunnels, peers and relays: a row is the low half of a local index."""
 WORKERS_MAX: Final = 64
 BUCKETS: Final = 65_536
 """Default size of the flow table: at 131,072 flows a bucket of 7 has 2 on average and 1.5 % find it full."""
@@ -56,9 +57,10 @@ ROWS_AT: Final = PAGE_BYTES
 """Offset of the first row in every region."""
 ROWS_AT_WORD: Final = PAGE_BYTES // 8
 
-TUNNELS: Final = Layout("tunnels", b"nmp:tunl", 1)
+TUNNELS: Final = Layout("tunnels", b"nmp:tunl", 2)
 KEYS: Final = Layout("tunnel keys", b"nmp:keys", 1)
 PEERS: Final = Layout("peers", b"nmp:peer", 1)
+RELAYS: Final = Layout("relays", b"nmp:rela", 1)
 FLOWS: Final = Layout("flows", b"nmp:flow", 3)
 SEEN: Final = Layout("flows last seen", b"nmp:seen", 1)
 SEND: Final = Layout("send counters", b"nmp:send", 1)
@@ -126,10 +128,21 @@ TUNNEL_ROW: Final = _row(
     ("source_families", 1),  # bit n: source n is IPv6
     ("spare_b", 2),
     ("sources", 48),  # three inner addresses the peer may send from, IPv4 padded with zeros
-    ("spare_c", 16),
+    ("relay", 4),  # of a terminal row of `relays`: the way while there is no underlay address; or 0
+    ("spare_c", 12),
 )
 KEY_ROW: Final = _row(64, ("send", 32), ("receive", 32))
 PEER_ROW: Final = _row(8, ("tunnel", 8))  # local index of the current tunnel or 0 | generation << 32
+RELAY_ROW: Final = _row(
+    32,
+    ("sequence", 8),  # odd while control writes
+    ("local_index", 4),  # the whole of it, 0 in a free row
+    ("carrier", 4),  # local index of the tunnel through which its frames come
+    ("kind", 4),  # 0 free, 1 terminal, 2 forwarding
+    ("next_tunnel", 4),  # forwarding: local index of the tunnel that the frames leave through
+    ("next_index", 4),  # what frames that we send are addressed to: the index that the next hop chose
+    ("spare", 4),
+)
 SEND_ROW: Final = _row(
     64,
     ("counter", 8),  # the last one reserved
@@ -214,6 +227,7 @@ class Tables:
     tunnels: Region
     keys: Region
     peers: Region
+    relays: Region
     flows: tuple[Region, ...]  # one for each worker, and control's
     seen: tuple[Region, ...]  # as flows
     send: Region
@@ -244,6 +258,7 @@ class Tables:
                 tunnels=region(TUNNELS, TUNNEL_ROW.size, rows),
                 keys=region(KEYS, KEY_ROW.size, rows),
                 peers=region(PEERS, PEER_ROW.size, rows),
+                relays=region(RELAYS, RELAY_ROW.size, rows),
                 flows=tuple(region(FLOWS, BUCKET.size, buckets, str(each)) for each in range(workers + 1)),
                 seen=tuple(
                     region(SEEN, SEEN_ROW.size, buckets * BUCKET_ROWS, str(each))
@@ -277,7 +292,7 @@ class Tables:
 
     def regions(self) -> Iterator[Region]:
         """Every region there is."""
-        yield from (self.tunnels, self.keys, self.peers, self.send, self.windows)
+        yield from (self.tunnels, self.keys, self.peers, self.relays, self.send, self.windows)
         yield from self.flows
         yield from self.seen
         yield from self.spans

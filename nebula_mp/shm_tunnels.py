@@ -31,7 +31,7 @@ from enum import IntEnum
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final, Generic, TypeVar
 
-from nebula_mp.newtypes import Buffer, Cipher, IPAddress, Seconds, TunnelIndex, UdpAddr
+from nebula_mp.newtypes import Buffer, Cipher, IPAddress, RelayIndex, Seconds, TunnelIndex, UdpAddr
 from nebula_mp.shm import Mapping
 from nebula_mp.shm_counters import SendCounters
 from nebula_mp.shm_table import (
@@ -64,7 +64,8 @@ _TRIES: Final = 100  # to read an IPv6 address that is being written, about 50 u
 
 _INDEXES = struct.Struct("<II")  # local, remote
 _UNDERLAY_WORD = struct.Struct("<4sHBx")  # IPv4, port, family
-_REST = struct.Struct("<16sBBHBB2x48s16x")  # IPv6, state, cipher, owner, number of sources, families, sources
+# IPv6, state, cipher, owner, number of sources, families, sources, relay
+_REST = struct.Struct("<16sBBHBB2x48sI12x")
 _U64 = struct.Struct("<Q")
 _INDEXES_AT: Final = TUNNEL_ROW.fields["local_index"].offset
 _INDEX_HALF: Final = _INDEXES_AT // 4
@@ -100,6 +101,8 @@ class TunnelFields:
     underlay: UdpAddr | None  # None: not to be sent to directly
     sources: frozenset[bytes] | None
     """The inner addresses (4 or 16 bytes) a packet of this peer may come from; None: only control knows."""
+    relay: RelayIndex | None
+    """The way while `underlay` is None: a terminal row of `shm_relays`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +231,7 @@ class TunnelTable:
         # One store: writers read an IPv4 address without the sequence number.
         self._words[word + _UNDERLAY] = int.from_bytes(_UNDERLAY_WORD.pack(ipv4, port, family), "little")
         self._data[at + _REST_AT : at + TUNNEL_ROW.size] = _REST.pack(
-            ipv6, state, cipher, fields.owner, count, families, sources
+            ipv6, state, cipher, fields.owner, count, families, sources, fields.relay or 0
         )
 
     def _empty(self, row: int, at: int, word: int) -> None:
@@ -426,13 +429,14 @@ _Values = tuple[
     PeerRef,
     UdpAddr | None,
     frozenset[bytes] | None,
+    RelayIndex | None,
 ]
 
 
 def _unpack(tunnels: Mapping, data: bytes) -> _Values | None:
     """Fields of a whole row, in the order of TunnelFields; None for a free one. RingError if it is none."""
     where, port, family = _UNDERLAY_WORD.unpack_from(data, _UNDERLAY * 8)
-    ipv6, state, cipher, owner, count, families, listed = _REST.unpack_from(data, _REST_AT)
+    ipv6, state, cipher, owner, count, families, listed, relay = _REST.unpack_from(data, _REST_AT)
     if state not in _STATES:
         raise tunnels.contradiction("tunnel state", state, "0..2")
     if state == TunnelState.FREE:
@@ -456,6 +460,7 @@ def _unpack(tunnels: Mapping, data: bytes) -> _Values | None:
         PeerRef(_U64.unpack_from(data, _PEER * 8)[0]),
         _underlay(tunnels, where, port, family, ipv6),
         sources,
+        RelayIndex(relay) if relay else None,
     )
 
 

@@ -10,7 +10,7 @@ from nebula_mp import shm_table
 from nebula_mp.control import hostmap
 from nebula_mp.crypto.replay import state_bytes
 from nebula_mp.errors import RingError, SystemCallError
-from nebula_mp.newtypes import Cipher, UdpAddr
+from nebula_mp.newtypes import Cipher, RelayIndex, TunnelIndex, UdpAddr
 from nebula_mp.shm import LockFile
 from nebula_mp.shm_counters import (
     ReceiveWindows,
@@ -19,11 +19,13 @@ from nebula_mp.shm_counters import (
 )
 from nebula_mp.shm_flows import FlowTable, flow_hash, pack_key
 from nebula_mp.shm_peers import PeerTable, PeerView
+from nebula_mp.shm_relays import RelayKind, RelayRow, RelayTable
 from nebula_mp.shm_table import (
     FLOWS,
     JOURNAL,
     KEYS,
     PEERS,
+    RELAYS,
     SEEN,
     SEND,
     SPAN,
@@ -70,10 +72,20 @@ OFFSETS: dict[str, dict[str, tuple[int, int]]] = {
         "source_families": (61, 1),
         "spare_b": (62, 2),
         "sources": (64, 48),
-        "spare_c": (112, 16),
+        "relay": (112, 4),
+        "spare_c": (116, 12),
     },
     "KEY_ROW": {"send": (0, 32), "receive": (32, 32)},
     "PEER_ROW": {"tunnel": (0, 8)},
+    "RELAY_ROW": {
+        "sequence": (0, 8),
+        "local_index": (8, 4),
+        "carrier": (12, 4),
+        "kind": (16, 4),
+        "next_tunnel": (20, 4),
+        "next_index": (24, 4),
+        "spare": (28, 4),
+    },
     "SEND_ROW": {"counter": (0, 8), "generation": (8, 8), "sealers": (16, 8), "spare": (24, 40)},
     "WINDOW_ROW": {"generation": (0, 8), "spare": (8, 48), "current": (56, 8), "bits": (64, 2048)},
     "SPAN_ROW": {"generation": (0, 8), "first": (8, 8), "until": (16, 8), "spare": (24, 8)},
@@ -118,6 +130,7 @@ SIZES = {
     "TUNNEL_ROW": 128,
     "KEY_ROW": 64,
     "PEER_ROW": 8,
+    "RELAY_ROW": 32,
     "SEND_ROW": 64,
     "WINDOW_ROW": 2112,
     "SPAN_ROW": 32,
@@ -143,6 +156,7 @@ def row_bytes(tables: Tables, region: str, row: int, size: int) -> bytes:
     if isinstance(memory, tuple):
         memory = memory[-1]  # control's
     layout = {"tunnels": TUNNELS, "keys": KEYS, "peers": PEERS, "flows": FLOWS, "seen": SEEN, "send": SEND}
+    layout["relays"] = RELAYS
     layout["windows"] = WINDOWS
     return bytes(read_only(memory, layout[region]).data[PAGE + row * size : PAGE + (row + 1) * size])
 
@@ -158,12 +172,13 @@ def test_every_field_of_every_row_is_where_it_was_frozen() -> None:
 
 
 def test_the_layouts_have_names_of_their_own_and_a_version() -> None:
-    layouts = [TUNNELS, KEYS, PEERS, FLOWS, SEEN, SEND, WINDOWS, SPAN, TRAFFIC, JOURNAL]
+    layouts = [TUNNELS, KEYS, PEERS, RELAYS, FLOWS, SEEN, SEND, WINDOWS, SPAN, TRAFFIC, JOURNAL]
 
     assert [layout.magic for layout in layouts] == [
         b"nmp:tunl",
         b"nmp:keys",
         b"nmp:peer",
+        b"nmp:rela",
         b"nmp:flow",
         b"nmp:seen",
         b"nmp:send",
@@ -172,10 +187,10 @@ def test_the_layouts_have_names_of_their_own_and_a_version() -> None:
         b"nmp:traf",
         b"nmp:jrnl",
     ]
-    assert {layout.name for layout in layouts if layout.version != 1} == {
-        "flows"
-    }  # which had no pairs, and no bits
-    assert FLOWS.version == 3
+    assert {layout.name: layout.version for layout in layouts if layout.version != 1} == {
+        "tunnels": 2,  # had no relay
+        "flows": 3,  # had no pairs, and no bits
+    }
 
 
 def test_no_field_that_two_processes_share_crosses_a_cache_line() -> None:
@@ -225,6 +240,7 @@ def test_an_ipv6_underlay_and_unknown_sources_lie_where_the_layout_says(tables: 
             stated.peer,
             UdpAddr(ip_address("2001:db8::9"), 4243),
             None,
+            RelayIndex(0xDEAD_0002),
         )
     )
 
@@ -233,6 +249,25 @@ def test_an_ipv6_underlay_and_unknown_sources_lie_where_the_layout_says(tables: 
         + ip_address("2001:db8::9").packed
         + struct.pack("<BBHBBH", 1, 2, 1, 255, 0, 0)
     )
+    assert row_bytes(tables, "tunnels", 1, 128)[112:] == struct.pack("<I12x", 0xDEAD_0002)
+
+
+def test_a_path_through_a_relay_lies_where_the_layout_says(tables: Tables) -> None:
+    table = RelayTable(writable(tables.relays, RELAYS))
+    path = RelayRow(
+        RelayIndex(0xDEAD_0002),
+        TunnelIndex(0xBEEF_0003),
+        RelayKind.FORWARDING,
+        TunnelIndex(0xCAFE_0005),
+        RelayIndex(0x1234_5678),
+    )
+
+    table.set(path)
+
+    stored = (2, 0xDEAD_0002, 0xBEEF_0003, 2, 0xCAFE_0005, 0x1234_5678)
+    assert row_bytes(tables, "relays", 2, 32) == struct.pack("<QIIIII4x", *stored)
+    table.clear(path.local_index)
+    assert row_bytes(tables, "relays", 2, 32) == struct.pack("<Q24x", 4)
 
 
 def test_a_flow_lies_in_memory_byte_by_byte_as_the_layout_says(tables: Tables) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nebula_mp.crypto.aead import Aead
 from nebula_mp.errors import RingError
-from nebula_mp.newtypes import Cipher, Seconds, TunnelIndex, UdpAddr
+from nebula_mp.newtypes import Cipher, RelayIndex, Seconds, TunnelIndex, UdpAddr
 from nebula_mp.shm_counters import Refusal
 from nebula_mp.shm_table import KEYS, TUNNELS, PeerRef, Tables
 from nebula_mp.shm_tunnels import TunnelFields, TunnelRow, TunnelState, TunnelTable, TunnelView, UnderlayView
@@ -101,6 +101,7 @@ def any_fields(row: int) -> st.SearchStrategy[TunnelFields]:
         st.integers(0, 2**64 - 1).map(PeerRef),
         st.none() | addresses,
         st.none() | sources,
+        st.none() | st.integers(1, 2**32 - 1).map(RelayIndex),
     )
 
 
@@ -659,6 +660,7 @@ def numbered(n: int, index: int) -> TunnelFields:
         PeerRef(n),
         UdpAddr(IPv6Address(n << 64 | n) if n % 3 else IPv4Address(n & 0xFFFF_FFFF), n & 0xFFFF),
         frozenset({struct.pack(">QQ", n, n)}),
+        RelayIndex(n & 0xFFFF_FFFF) if n % 5 else None,
     )
 
 

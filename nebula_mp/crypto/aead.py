@@ -9,7 +9,7 @@ import struct
 from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import count
-from typing import Final
+from typing import Final, NamedTuple
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
@@ -108,3 +108,15 @@ class Aead:
             out[:] = bytes(len(out))
             raise AuthError(f"authentication tag of packet {len(opened)} of a batch does not fit") from None
         return opened
+
+
+class Ciphers(NamedTuple):
+    """What is made of a tunnel's keys, once for each generation of its row."""
+
+    send: Aead
+    receive: Aead
+
+    @classmethod
+    def build(cls, cipher: Cipher, send_key: memoryview, receive_key: memoryview) -> "Ciphers":
+        """Expand both keys, which are borrowed for the call."""
+        return cls(Aead(cipher, send_key), Aead(cipher, receive_key))

@@ -19,7 +19,7 @@ from nebula_mp.shm_counters import Refusal, SendCounters
 from nebula_mp.shm_ring import Bell
 from nebula_mp.shm_stats import DIGEST, NAMES
 
-ABI: Final = 5
+ABI: Final = 6
 """What the accelerator must say of itself."""
 
 if _accel.ABI != ABI:

@@ -13,7 +13,8 @@ Who may call what:
 |---------|-----------------------------------------|------------------------------------------------------|
 | Sealer  | reader i                                | reads TUN queue i, fills seal ring i                 |
 | Opener  | reader i                                | reads UDP member 1 + i, fills open ring i, moves the |
-|         |                                         | windows of the tunnels it owns                       |
+|         |                                         | windows of the tunnels it owns; forwards relay       |
+|         |                                         | frames into seal ring i                              |
 | Upcalls | reader i; shared by its two parts       | fills upcall ring i                                  |
 | Drain   | whoever has the ring's lease: reader i  | makes the system calls of that ring's areas          |
 |         | or writer i                             |                                                      |
@@ -31,6 +32,12 @@ or 10 ms (TUN) for room for a call, and after one wait in vain no more in the sa
 Errors. What a peer, a stranger or the local stack sends never raises. OSError: the descriptor is lost, which
 no network can cause. RingError: shared memory contradicts us. After either the part may not be used again,
 and the process ends, or makes a new one.
+
+Relay frames. A path of the relay table says what becomes of a frame: what it holds is for us, or it goes on
+through another tunnel, in a frame of its own. What is for a peer without an underlay address goes through the
+path that its tunnel's row names. Each packet takes its counters by itself, one for each tunnel that it is
+sealed for, and waits for no other worker. What was in a frame came from no address: it moves no peer, and
+nobody is told that its index is unknown. A frame in a frame leads nowhere.
 
 Counting. Every packet that was read is sealed or opened into a ring, handed over (upcall, another reader), or
 counted under exactly one `Drop`. So over all processes, with empty rings and no process killed on the way:
@@ -58,7 +65,7 @@ from typing import Final, NamedTuple, Protocol
 
 from nebula_mp.config.model import Offloads
 from nebula_mp.errors import RingError
-from nebula_mp.newtypes import Buffer, IPNetwork, Seconds, TunnelIndex, UdpAddr
+from nebula_mp.newtypes import Buffer, IPNetwork, Seconds, UdpAddr
 from nebula_mp.shm_counters import SendCounters
 from nebula_mp.shm_ring import Bell, Consumer
 from nebula_mp.shm_table import WORKERS_MAX
@@ -96,6 +103,7 @@ class Drop(StrEnum):
     OLD = "drop.old"  # behind the replay window
     OPEN_RING_FULL = "mp.ring.full.open"  # before it was opened: the window has not moved
     AUTH = "drop.auth"
+    RELAY_INDEX = "drop.relay_index"  # an authentic relay frame, which leads nowhere
     INNER_IP = "drop.inner_ip"
     SOURCE_ADDR = "drop.source_addr"
     REFUSED_IN = "drop.firewall.incoming.no_rule"  # a refusal in the flow table, which keeps no reason
@@ -132,14 +140,15 @@ class UpcallReason(IntEnum):
     MESSAGE = 4  # opened; anything but an IP packet: test, lighthouse, close, control
     FIRST = 5  # opened; the first authentic message on a candidate, of any type
     MOVED = 6  # empty: an IP packet came from another address than the tunnel's, and was delivered
-    DATAGRAM = 7  # raw; a handshake, recv_error, punch or relay frame
+    DATAGRAM = 7  # raw; a handshake, recv_error or punch, or a relay frame of an unknown path
     UNKNOWN_INDEX = 8  # raw; there is no tunnel of this index
+    RELAYED = 9  # raw, but out of an authentic relay frame; what would be one of the two above
 
 
 class Arrival(NamedTuple):
     """How a datagram came."""
 
-    source: UdpAddr
+    source: UdpAddr | None  # None: in a relay frame
     type: int  # of the message
     subtype: int
     at_ms: int  # monotonic clock
@@ -150,8 +159,8 @@ class Upcall(NamedTuple):
 
     reason: UpcallReason
     at_ms: int  # monotonic clock
-    local_index: TunnelIndex  # the tunnel's; 0 for plain and raw ones
-    source: UdpAddr | None  # None for plain ones
+    local_index: int  # the tunnel's; of RELAYED the path's, a RelayIndex; 0 for plain and other raw ones
+    source: UdpAddr | None  # None for plain ones, and for what came in a relay frame
     type: int  # of the message; 0 for plain ones
     subtype: int
     packet: bytes
@@ -170,6 +179,8 @@ assert RECORD_BYTES + DATAGRAM_BYTES_MAX <= UPCALL_AREA_BYTES - 64 - 16 * UPCALL
 def encode_record(arrival: Arrival, local_index: int) -> bytes:
     """Spell what stands in front of a packet that came in a datagram."""
     source, kind, subtype, at_ms = arrival
+    if source is None:
+        return _RECORD.pack(at_ms, local_index, 0, 0, 0, kind, subtype, 0, b"")
     scope = 0
     if isinstance(source.ip, IPv6Address) and source.ip.scope_id is not None:
         scope = int(source.ip.scope_id)  # always a number: see datapath.sockaddr
@@ -182,13 +193,13 @@ def encode_plain_record(at_ms: int) -> bytes:
     return _RECORD.pack(at_ms, 0, 0, 0, 0, 0, 0, 0, b"")
 
 
-def parse_record(record: bytes) -> tuple[int, TunnelIndex, UdpAddr | None, int, int, bytes]:
+def parse_record(record: bytes) -> tuple[int, int, UdpAddr | None, int, int, bytes]:
     """Give time, index, source, type, subtype and packet. Raises RingError for what no reader writes."""
     if len(record) < RECORD_BYTES:
         raise RingError("upcall ring", "length of a record", len(record), f"{RECORD_BYTES} or more")
     at_ms, index, port, family, _, kind, subtype, scope, packed = _RECORD.unpack_from(record)
     source = _source(family, packed, port, scope) if family else None
-    return at_ms, TunnelIndex(index), source, kind, subtype, record[RECORD_BYTES:]
+    return at_ms, index, source, kind, subtype, record[RECORD_BYTES:]
 
 
 @functools.lru_cache(maxsize=_SOURCES_REMEMBERED)
@@ -259,6 +270,7 @@ class ReaderMemory:
     tunnels: int  # read-only
     keys: int  # read-only
     peers: int  # read-only
+    relays: int  # read-only
     flows: tuple[int, ...]  # of all workers, and control's; only its own is writable
     seen: tuple[int, ...]  # as flows; writable
     send: int  # writable
@@ -333,6 +345,9 @@ MORE: Final = 1
 HOLDING: Final = 2
 """The sealer holds packets back."""
 
+FORWARDED: Final = 4
+"""The opener has put relay frames into the seal ring: the other half is to see to it that they go."""
+
 SOURCES_MAX: Final = 64
 
 
@@ -340,7 +355,7 @@ class Half(Protocol):
     """One direction of a reader: what fills a ring, and the end from which the same process may empty it."""
 
     def work(self, budget: int, drains: bool) -> int:  # noqa: FBT001 - called for each packet that comes alone
-        """One pass; gives `MORE` and `HOLDING`, or-ed. Raises OSError, RingError.
+        """One pass; gives `MORE`, `HOLDING` and `FORWARDED`, or-ed. Raises OSError, RingError.
 
         `drains`: the ring is emptied too, before and after it is filled, unless the writer has the lease,
         which is counted. Rings the writer if areas are left for it. The reader's clock is read in it, before

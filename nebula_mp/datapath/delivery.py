@@ -22,13 +22,12 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from nebula_mp.config.model import Offloads
-from nebula_mp.crypto.aead import TAG_BYTES, Aead
+from nebula_mp.crypto.aead import TAG_BYTES, Aead, Ciphers
 from nebula_mp.datapath.api import Arrival, Drop, UpcallReason
 from nebula_mp.datapath.batches import Batch
 from nebula_mp.datapath.checksums import Rows
 from nebula_mp.datapath.coalesce import Joined, Shape, coalesce, joinable, shape_of, superpacket_head
 from nebula_mp.datapath.filling import Drops, Filler, Upcalls
-from nebula_mp.datapath.sealing import Ciphers
 from nebula_mp.datapath.virtio import HEADER_BYTES as VIRTIO_BYTES
 from nebula_mp.datapath.virtio import PLAIN, GsoType
 from nebula_mp.errors import WireError

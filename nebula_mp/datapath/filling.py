@@ -151,6 +151,7 @@ class Upcalls:
             UpcallReason.NO_TUNNEL: _Buckets(limits.plain),
             UpcallReason.DATAGRAM: _Buckets(limits.datagrams),
             UpcallReason.UNKNOWN_INDEX: _Buckets(limits.unknown),
+            UpcallReason.RELAYED: _Buckets(limits.per_tunnel),
         }
         self._put_any = False
 
@@ -168,6 +169,13 @@ class Upcalls:
             self._drops.count(Drop.UNKNOWN_INDEX if unknown else Drop.UPCALL_LIMITED)
         else:
             self._push(reason, 0, encode_record(arrival, 0), datagram)
+
+    def relayed(self, arrival: Arrival, path: int, datagram: Buffer) -> None:
+        """Hand over a datagram that came in a frame of this path, or count why not."""
+        if not self._others[UpcallReason.RELAYED].try_take(path & 0xFFFF, arrival.at_ms):
+            self._drops.count(Drop.UPCALL_LIMITED)
+        else:
+            self._push(UpcallReason.RELAYED, 0, encode_record(arrival, path), datagram)
 
     def opened(self, reason: UpcallReason, arrival: Arrival, local_index: int, packet: Buffer) -> None:
         """Hand over the content of an authentic message, or count why not."""
@@ -219,14 +227,14 @@ class Strangers:
         self._stats = stats
         self._drops = drops
 
-    def push(self, owner: int, arrival: Arrival, datagram: Buffer) -> None:
-        """Hand a datagram to the reader that owns it, or count why not."""
+    def push(self, owner: int, arrival: Arrival, datagram: Buffer, path: int = 0) -> None:
+        """Hand a datagram, perhaps out of a frame of `path`, to its tunnel's reader, or count why not."""
         filler = self._fillers.get(owner)
         size_bytes = RECORD_BYTES + len(datagram)
         if filler is None or not filler.try_room(size_bytes):
             self._drops.count(Drop.STRANGER_RING_FULL)
             return
-        _put(filler, encode_record(arrival, 0), datagram, 0, 0)
+        _put(filler, encode_record(arrival, path), datagram, 0, 0)
         self._stats.add(_STRANGERS)
         self._touched.add(owner)
 

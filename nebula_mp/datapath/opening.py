@@ -1,6 +1,7 @@
 """UDP socket -> tunnel, window, key -> opened into the open ring, whole batches where all is as usual.
 
 Data flow: UDP | another reader's strangers -> [PythonOpener] -> delivery -> open ring -> drains.TunDrain
+                                                             -> relaying -> seal ring -> drains.UdpDrain
                                                              -> upcall ring -> control
                                                              -> stranger ring -> the owner of the tunnel
 Knows the order of the checks, of which the first that fails gives a datagram its one reason; decides nothing.
@@ -13,7 +14,8 @@ overtakes another, or is lost, while a peer moves.
 
 `_handle` is what is to happen to a datagram. `_take_run` does the same to many: data messages of one tunnel
 whose counters follow each other are checked together, and opened where the payloads of a superpacket belong.
-Whatever is not as usual it leaves to `_handle`, having changed nothing.
+Whatever is not as usual it leaves to `_handle`, having changed nothing. `_handle_relayed` is what is to
+happen to the datagram in a relay frame whose path ends here.
 """
 
 import select
@@ -22,19 +24,28 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from nebula_mp.config.model import Offloads
+from nebula_mp.crypto.aead import TAG_BYTES, Ciphers
 from nebula_mp.crypto.replay import WIDTH, ReplayWindow
-from nebula_mp.datapath.api import DATAGRAM_BYTES_MAX, Arrival, Drop, UpcallReason, parse_record
+from nebula_mp.datapath.api import (
+    DATAGRAM_BYTES_MAX,
+    FORWARDED,
+    Arrival,
+    Drop,
+    UpcallReason,
+    parse_record,
+)
 from nebula_mp.datapath.batches import Batch
 from nebula_mp.datapath.delivery import Delivery
 from nebula_mp.datapath.drains import LOST, borrow_socket
 from nebula_mp.datapath.filling import Drops, Filler, Strangers, Upcalls
+from nebula_mp.datapath.relaying import Relaying
 from nebula_mp.datapath.runs import OVERHEAD_BYTES
-from nebula_mp.datapath.sealing import Ciphers
 from nebula_mp.datapath.sockaddr import Sources
 from nebula_mp.errors import AuthError, ReplayError
 from nebula_mp.newtypes import IPNetwork, Seconds, UdpAddr
 from nebula_mp.shm_admission import Admission
 from nebula_mp.shm_counters import ReceiveWindows, Traffic
+from nebula_mp.shm_relays import RelayKind, RelayView
 from nebula_mp.shm_ring import Consumer
 from nebula_mp.shm_stats import SLOTS, StatsPage
 from nebula_mp.shm_tunnels import TunnelRow, TunnelState, TunnelView
@@ -72,6 +83,8 @@ class PythonOpener:
         worker: int,
         filler: Filler,
         tunnels: TunnelView[Ciphers],
+        relays: RelayView,
+        relaying: Relaying,
         flows: Admission,
         windows: ReceiveWindows,
         traffic: Traffic,
@@ -89,6 +102,8 @@ class PythonOpener:
         self._worker = worker
         self._filler = filler
         self._tunnels = tunnels
+        self._relays = relays
+        self._relaying = relaying
         self._windows = windows
         self._traffic = traffic
         self._upcalls = upcalls
@@ -103,6 +118,10 @@ class PythonOpener:
         # By row: the source and the tunnel's address that were found to be equal.
         self._at_home: dict[int, tuple[UdpAddr, UdpAddr]] = {}
         self._message = memoryview(bytearray(DATAGRAM_BYTES_MAX))
+
+    def take_flags(self) -> int:
+        """FORWARDED, if anything was forwarded since this was asked last."""
+        return FORWARDED if self._relaying.take_forwarded() else 0
 
     def waiting(self) -> int:
         """As `Opener.waiting`."""
@@ -140,6 +159,7 @@ class PythonOpener:
             self._take(batch, self._sources.get(source), now_ms)
         self._delivery.settle()
         self._filler.flush()
+        self._relaying.flush()
         self._upcalls.flush()
         self._strangers.flush()
         if packets:
@@ -154,8 +174,11 @@ class PythonOpener:
         for ring in self._strangers_in:
             while taken < budget and ring.pending():
                 for _, data in ring.entries():
-                    _, _, source, _, _, datagram = parse_record(bytes(data))
-                    self._handle(memoryview(datagram), source, now_ms)
+                    _, path, source, _, _, datagram = parse_record(bytes(data))
+                    if path:
+                        self._handle_relayed(path, memoryview(datagram), now_ms)
+                    else:
+                        self._handle(memoryview(datagram), source, now_ms)
                     taken += 1
                 ring.release()
         return taken
@@ -272,10 +295,13 @@ class PythonOpener:
             self._hand_up(UpcallReason.DATAGRAM, Arrival(source, 0, 0, now_ms), datagram)
             return
         arrival = _new_tuple(Arrival, (source, kind, subtype, now_ms))  # as in wire.ip
-        if kind in _NOT_OURS or (subtype == MESSAGE_RELAY and kind is MessageType.MESSAGE):
+        if kind in _NOT_OURS:
             self._hand_up(UpcallReason.DATAGRAM, arrival, datagram)
             return
         index, counter = _INDEX_AND_COUNTER.unpack_from(datagram)
+        if subtype == MESSAGE_RELAY and kind is _MESSAGE:
+            self._take_frame(arrival, index, counter, datagram)
+            return
         tunnel = self._tunnels.get(index)
         if tunnel is None:
             self._hand_up(UpcallReason.UNKNOWN_INDEX, arrival, datagram)
@@ -286,17 +312,86 @@ class PythonOpener:
         else:
             self._open(tunnel, arrival, counter, datagram)
 
-    def _open(self, tunnel: TunnelRow[Ciphers], arrival: Arrival, counter: int, datagram: memoryview) -> None:
-        """Open a message of a tunnel that is ours."""
-        row, generation = tunnel.local_index & 0xFFFF, tunnel.generation
-        window = self._windows.get(row, generation)
+    def _take_frame(self, arrival: Arrival, index: int, counter: int, datagram: memoryview) -> None:
+        """See to it that a relay frame is handed over or counted, or what it holds goes where it leads."""
+        path = self._relays.get(index)
+        tunnel = None if path is None else self._tunnels.get(path.carrier)
+        if path is None or tunnel is None:
+            self._hand_up(UpcallReason.DATAGRAM, arrival, datagram)
+            return
+        if tunnel.owner != self._worker:
+            self._strangers.push(tunnel.owner, arrival, datagram)
+            return
+        if len(datagram) < OVERHEAD_BYTES:
+            self._drops.count(Drop.TRUNCATED)
+            return
+        window = self._find_window(tunnel, counter)
+        if window is None:
+            return
+        tag_at = len(datagram) - TAG_BYTES
+        try:
+            tunnel.ciphers.receive.open(counter, datagram[:tag_at], datagram[tag_at:])
+        except AuthError:
+            self._drops.count(Drop.AUTH)
+            return
+        window.update(counter)
+        row = tunnel.local_index & 0xFFFF
+        self._traffic.received(row, tunnel.generation, 1, len(datagram), arrival.at_ms)
+        content = datagram[HEADER_BYTES:tag_at]
+        if tunnel.state is not _PROVEN:
+            self._delivery.settle()  # what came earlier goes up earlier
+            self._upcalls.opened(UpcallReason.FIRST, arrival, tunnel.local_index, content)
+            return
+        if self._has_moved(tunnel, arrival.source):
+            self._upcalls.moved(arrival, tunnel.local_index)
+        if path.kind is RelayKind.FORWARDING:
+            self._relaying.forward(path, content, arrival.at_ms)
+        else:
+            self._handle_relayed(index, content, arrival.at_ms)
+
+    def _handle_relayed(self, path: int, datagram: memoryview, now_ms: int) -> None:
+        """See to it that what came in a frame of this path is opened, handed over or counted."""
+        if len(datagram) < HEADER_BYTES:
+            self._drops.count(Drop.SHORT)
+            return
+        subtype = datagram[1]
+        kind = _KINDS.get((datagram[0], subtype))
+        if kind is None:
+            self._drops.count(Drop.TYPE if datagram[0] >> 4 == VERSION else Drop.VERSION)
+            return
+        if subtype == MESSAGE_RELAY and kind is _MESSAGE:
+            self._drops.count(Drop.RELAY_INDEX)
+            return
+        arrival = Arrival(None, kind, subtype, now_ms)
+        index, counter = _INDEX_AND_COUNTER.unpack_from(datagram)
+        tunnel = None if kind in _NOT_OURS else self._tunnels.get(index)
+        if tunnel is None:
+            self._delivery.settle()  # as above
+            self._upcalls.relayed(arrival, path, datagram)
+        elif tunnel.owner != self._worker:
+            self._strangers.push(tunnel.owner, arrival, datagram, path)
+        elif len(datagram) < OVERHEAD_BYTES:
+            self._drops.count(Drop.TRUNCATED)
+        else:
+            self._open(tunnel, arrival, counter, datagram)
+
+    def _find_window(self, tunnel: TunnelRow[Ciphers], counter: int) -> ReplayWindow | None:
+        """The window of a tunnel that is ours, if it takes this counter; else it was counted why not."""
+        window = self._windows.get(tunnel.local_index & 0xFFFF, tunnel.generation)
         if window is None:  # the row has a later tunnel, and this one ended
             self._drops.count(Drop.UNKNOWN_INDEX)
-            return
+            return None
         try:
             window.check(counter)
         except ReplayError:
             self._drops.count(Drop.OLD if counter + WIDTH <= window.current else Drop.REPLAY)
+            return None
+        return window
+
+    def _open(self, tunnel: TunnelRow[Ciphers], arrival: Arrival, counter: int, datagram: memoryview) -> None:
+        """Open a message of a tunnel that is ours."""
+        window = self._find_window(tunnel, counter)
+        if window is None:
             return
         size_bytes = len(datagram)
         size = size_bytes - OVERHEAD_BYTES
@@ -319,7 +414,8 @@ class PythonOpener:
             self._drops.count(Drop.AUTH)
             return
         window.update(counter)
-        self._traffic.received(row, generation, 1, size_bytes, arrival.at_ms)
+        row = tunnel.local_index & 0xFFFF
+        self._traffic.received(row, tunnel.generation, 1, size_bytes, arrival.at_ms)
         if is_packet and tunnel.state is _PROVEN:
             if self._has_moved(tunnel, arrival.source):
                 self._upcalls.moved(arrival, tunnel.local_index)
@@ -329,14 +425,16 @@ class PythonOpener:
             reason = UpcallReason.MESSAGE if tunnel.state is TunnelState.PROVEN else UpcallReason.FIRST
             self._upcalls.opened(reason, arrival, tunnel.local_index, out)
 
-    def _has_moved(self, tunnel: TunnelRow[Ciphers], source: UdpAddr) -> bool:
-        """Whether a datagram came from another address than the tunnel's.
+    def _has_moved(self, tunnel: TunnelRow[Ciphers], source: UdpAddr | None) -> bool:
+        """Whether a datagram came from another address than the tunnel's; never, if from none.
 
         Both objects stay the same while neither changes: to compare two addresses takes two calls in Python.
         """
         row = tunnel.local_index & 0xFFFF
         known = self._at_home.get(row)
         if known is not None and known[0] is source and known[1] is tunnel.underlay:
+            return False
+        if source is None:
             return False
         if tunnel.underlay is None or source != tunnel.underlay:
             return True

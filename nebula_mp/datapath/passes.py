@@ -19,7 +19,7 @@ import select
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from nebula_mp.datapath.api import HOLDING, MORE, SOURCES_MAX, Drain
+from nebula_mp.datapath.api import MORE, SOURCES_MAX, Drain
 from nebula_mp.shm_ring import Bell
 from nebula_mp.shm_stats import SLOTS, StatsPage
 
@@ -33,16 +33,16 @@ class Half:
         self,
         fill: Callable[[int], int],
         waiting: Callable[[], int],
-        is_holding: Callable[[], bool],
+        flags: Callable[[], int],
         *,
         drain: Drain,
         writer: Bell,
         stats: StatsPage,
     ) -> None:
-        """The first three are of a Sealer or an Opener, whose ring `drain` empties."""
+        """The first three are of a Sealer or an Opener, whose ring `drain` empties; `flags` has no MORE."""
         self._fill = fill
         self._waiting = waiting
-        self._is_holding = is_holding
+        self._flags = flags
         self._drain = drain
         self._areas = drain.areas
         self._writer = writer
@@ -64,7 +64,7 @@ class Half:
             left = self._waiting() > 0
         if left:
             self._writer.ring()
-        return (MORE if taken >= budget else 0) | (HOLDING if self._is_holding() else 0)
+        return (MORE if taken >= budget else 0) | self._flags()
 
 
 class Sources:

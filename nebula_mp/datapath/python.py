@@ -4,8 +4,8 @@ Data flow: workers -> [PythonKernel] -> sealing | opening | drains, over the sha
 Knows which part gets which region; knows nothing of processes.
 
 Superpackets of the TUN device are cut by `runs` and `segment`, and made by `batches`, `delivery` and
-`coalesce`. What it does not do yet: it has no relay table, so relay frames go up; and a datagram too large
-for the path is counted, but the sender inside the tunnel is not told.
+`coalesce`. What it does not do yet: a datagram too large for the path is counted, but the sender inside the
+tunnel is not told.
 """
 
 import fcntl
@@ -13,21 +13,24 @@ import os
 from collections.abc import Callable, Sequence
 
 from nebula_mp.config.model import Offloads
-from nebula_mp.datapath.api import CounterFds, Drain, ReaderMemory, RingEnd, RingFds, UpcallLimits
+from nebula_mp.crypto.aead import Ciphers
+from nebula_mp.datapath.api import HOLDING, CounterFds, Drain, ReaderMemory, RingEnd, RingFds, UpcallLimits
 from nebula_mp.datapath.drains import TunDrain, UdpDrain
 from nebula_mp.datapath.filling import Drops, Filler, Strangers, Upcalls
 from nebula_mp.datapath.opening import PythonOpener
 from nebula_mp.datapath.passes import Half, Sources
-from nebula_mp.datapath.sealing import Ciphers, PythonSealer
+from nebula_mp.datapath.relaying import Relaying
+from nebula_mp.datapath.sealing import PythonSealer
 from nebula_mp.newtypes import Buffer, IPNetwork, Seconds
 from nebula_mp.shm import Layout, LockFile, Mapping
 from nebula_mp.shm_admission import Admission
 from nebula_mp.shm_counters import ReceiveWindows, SendCounters, Traffic
 from nebula_mp.shm_flows import FlowTable, FlowView
 from nebula_mp.shm_peers import PeerView
+from nebula_mp.shm_relays import RelayView
 from nebula_mp.shm_ring import DATA, HEAD, STATE, Bell, Consumer, DrainLease, Producer, Recovery
 from nebula_mp.shm_stats import StatsPage
-from nebula_mp.shm_table import FLOWS, KEYS, PEERS, SEEN, TRAFFIC, TUNNELS, WINDOWS
+from nebula_mp.shm_table import FLOWS, KEYS, PEERS, RELAYS, SEEN, TRAFFIC, TUNNELS, WINDOWS
 from nebula_mp.shm_tunnels import TunnelView, UnderlayView
 from nebula_mp.wire.ip import internet_checksum
 
@@ -73,15 +76,28 @@ class PythonReader:
             drops,
             limits,
         )
+        sealed = Filler(seal)
+        relays = RelayView(_attach(memory.relays, RELAYS))
+        relaying = Relaying(
+            filler=sealed,
+            area=lambda: seal_words[HEAD],
+            tunnels=self._tunnels,
+            relays=relays,
+            counters=counters,
+            traffic=traffic,
+            stats=stats,
+            drops=drops,
+        )
         self.sealer = PythonSealer(
             tun_fd,
-            filler=Filler(seal),
+            filler=sealed,
             area=lambda: seal_words[HEAD],
             tunnels=self._tunnels,
             peers=peers,
             flows=flows,
             counters=counters,
             traffic=traffic,
+            relaying=relaying,
             upcalls=upcalls,
             stats=stats,
             clock=clock,
@@ -93,6 +109,8 @@ class PythonReader:
             worker=memory.worker,
             filler=Filler(_produce(memory.open_ring, "open", poison=poison)),
             tunnels=self._tunnels,
+            relays=relays,
+            relaying=relaying,
             flows=flows,
             windows=ReceiveWindows(_attach(memory.windows, WINDOWS)),
             traffic=traffic,
@@ -126,7 +144,7 @@ class PythonReader:
         return Half(
             sealer.poll,
             sealer.waiting,
-            lambda: sealer.is_holding,
+            lambda: HOLDING if sealer.is_holding else 0,
             drain=drain,
             writer=writer,
             stats=self._stats,
@@ -135,7 +153,9 @@ class PythonReader:
     def inbound(self, drain: Drain, writer: Bell) -> Half:
         """As `Reader.inbound`."""
         opener = self.opener
-        return Half(opener.poll, opener.waiting, lambda: False, drain=drain, writer=writer, stats=self._stats)
+        return Half(
+            opener.poll, opener.waiting, opener.take_flags, drain=drain, writer=writer, stats=self._stats
+        )
 
     def sweep(self) -> int:
         """As `Reader.sweep`."""

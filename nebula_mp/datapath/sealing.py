@@ -15,25 +15,26 @@ import os
 import select
 from collections import deque
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Final
 
 from nebula_mp.config.model import Offloads
-from nebula_mp.crypto.aead import Aead
+from nebula_mp.crypto.aead import Ciphers
 from nebula_mp.datapath.api import Drop, UpcallReason
 from nebula_mp.datapath.filling import Drops, Filler, Upcalls
+from nebula_mp.datapath.relaying import Relaying, Tunnel
 from nebula_mp.datapath.runs import OVERHEAD_BYTES, Places, PlainRun, Run, Superpacket, SuperRun, Target
 from nebula_mp.datapath.segment import complete
 from nebula_mp.datapath.virtio import HEADER_BYTES as VIRTIO_BYTES
 from nebula_mp.datapath.virtio import PACKET_BYTES_MAX, PLAIN, GsoType, OffloadError, VirtioHeader
 from nebula_mp.errors import WireError
-from nebula_mp.newtypes import Buffer, Cipher, Seconds
+from nebula_mp.newtypes import Buffer, Seconds
 from nebula_mp.shm_admission import Admission
 from nebula_mp.shm_counters import Refusal, SendCounters, Traffic
 from nebula_mp.shm_flows import REFUSED
 from nebula_mp.shm_peers import PeerView
 from nebula_mp.shm_stats import SLOTS, StatsPage
 from nebula_mp.shm_table import PeerRef
-from nebula_mp.shm_tunnels import TunnelRow, TunnelState, TunnelView
+from nebula_mp.shm_tunnels import TunnelState, TunnelView
 from nebula_mp.wire.ip import IPV6_HEADER_BYTES, parse_flow
 
 HOLD: Final = Seconds(0.001)
@@ -55,18 +56,6 @@ _BEYOND: Final = SLOTS["mp.counter.span"]
 _BUSY: Final = SLOTS["mp.counter.busy"]
 
 
-class Ciphers(NamedTuple):
-    """What is made of a tunnel's keys, once for each generation of its row."""
-
-    send: Aead
-    receive: Aead
-
-    @classmethod
-    def build(cls, cipher: Cipher, send_key: memoryview, receive_key: memoryview) -> "Ciphers":
-        """Expand both keys, which are borrowed for the call."""
-        return cls(Aead(cipher, send_key), Aead(cipher, receive_key))
-
-
 class PythonSealer:
     """A `datapath.api.Sealer`."""
 
@@ -81,6 +70,7 @@ class PythonSealer:
         flows: Admission,
         counters: SendCounters,
         traffic: Traffic,
+        relaying: Relaying,
         upcalls: Upcalls,
         stats: StatsPage,
         clock: Callable[[], Seconds],
@@ -100,6 +90,7 @@ class PythonSealer:
         self._flows = flows
         self._counters = counters
         self._traffic = traffic
+        self._relaying = relaying
         self._upcalls = upcalls
         self._stats = stats
         self._drops = Drops(stats)
@@ -276,6 +267,8 @@ class PythonSealer:
             tunnel = self._tunnel(run.peer)
             if tunnel is None:
                 break
+            if tunnel.underlay is None:
+                return self._relay(tunnel, run, int(now * 1000))
             if not filler.try_room(run.size_bytes, run.entries, run.align):
                 self._drops.count(Drop.SEAL_RING_FULL, count)
                 return True
@@ -302,10 +295,20 @@ class PythonSealer:
             self._upcalls.plain(UpcallReason.NO_TUNNEL, packet, int(now * 1000))
         return True
 
-    def _tunnel(self, peer: PeerRef) -> TunnelRow[Ciphers] | None:
-        """The tunnel of a peer, if it can send."""
+    def _relay(self, tunnel: Tunnel, run: Run, now_ms: int) -> bool:
+        """Seal the packets of a run for a peer behind a relay, or see to it that they go elsewhere; True."""
+        assert tunnel.relay is not None  # it can send
+        relaying = self._relaying
+        hop = relaying.hop(tunnel.relay)
+        for packet in run.packets():
+            if hop is None or not relaying.try_seal(tunnel, hop, packet, now_ms):
+                self._upcalls.plain(UpcallReason.NO_TUNNEL, packet, now_ms)
+        return True
+
+    def _tunnel(self, peer: PeerRef) -> Tunnel | None:
+        """The tunnel of a peer, if it can send: to its address, or else through a relay."""
         index = self._peers.tunnel(peer)
         tunnel = None if index is None else self._tunnels.get(index)
-        if tunnel is None or tunnel.state is not _PROVEN or tunnel.underlay is None:
+        if tunnel is None or tunnel.state is not _PROVEN:
             return None
-        return tunnel
+        return None if tunnel.underlay is None and tunnel.relay is None else tunnel

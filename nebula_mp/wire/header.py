@@ -86,6 +86,6 @@ class Header:
         return encode_header(self.type, self.subtype, self.remote_index, self.counter)
 
 
-def encode_header(kind: MessageType, subtype: int, remote_index: TunnelIndex, counter: Counter) -> bytes:
+def encode_header(kind: MessageType, subtype: int, remote_index: int, counter: int) -> bytes:
     """Return a header's 16 bytes without making one: 0.1 us instead of 0.6 us."""
     return _LAYOUT.pack(VERSION << 4 | kind, subtype, 0, remote_index, counter)

@@ -193,14 +193,15 @@ class Control:
             case UpcallReason.NEW_FLOW_OUT | UpcallReason.NO_TUNNEL:
                 return self._controller.handle_tun_packet(upcall.packet, now)
         assert upcall.source is not None  # `_check` saw to it
+        index = TunnelIndex(upcall.local_index)
         match upcall.reason:
             case UpcallReason.DATAGRAM | UpcallReason.UNKNOWN_INDEX:
                 return self._controller.handle_datagram(upcall.packet, upcall.source, now)
             case UpcallReason.MOVED:
-                return self._controller.handle_moved(upcall.local_index, upcall.source, now)
+                return self._controller.handle_moved(index, upcall.source, now)
             case _:
                 message = Opened(_TYPES[upcall.type], upcall.subtype, upcall.packet, upcall.source)
-                return self._controller.handle_opened(upcall.local_index, message, now)
+                return self._controller.handle_opened(index, message, now)
 
     def _settle(self) -> None:
         """Let the readers know what was decided, now that the packets it was decided for are on their way."""
@@ -434,7 +435,10 @@ class Control:
 
 
 def _check(upcall: Upcall) -> None:
-    """Raise RingError for what no reader writes: control does not end because one of them went mad."""
+    """Raise RingError for what no reader writes: control does not end because one of them went mad.
+
+    So is what came in a relay frame, without an address: we agree on paths with nobody, so no reader has one.
+    """
     if upcall.source is None and upcall.reason not in (UpcallReason.NEW_FLOW_OUT, UpcallReason.NO_TUNNEL):
         raise RingError("upcall ring", "source", None, f"an address with {upcall.reason.name}")
     if upcall.type not in _TYPES:

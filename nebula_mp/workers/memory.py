@@ -253,6 +253,7 @@ class Memory:
             tunnels=tables.tunnels.read_only,
             keys=tables.keys.read_only,
             peers=tables.peers.read_only,
+            relays=tables.relays.read_only,
             flows=own_writable(tables.flows, number),
             seen=tuple(each.descriptor for each in tables.seen),
             send=tables.send.descriptor,

@@ -17,7 +17,7 @@ from typing import Final
 from nebula_mp import clock
 from nebula_mp.config.model import DrainMode
 from nebula_mp.datapath import kernels
-from nebula_mp.datapath.api import HOLDING, MORE
+from nebula_mp.datapath.api import FORWARDED, HOLDING, MORE
 from nebula_mp.errors import RingError
 from nebula_mp.newtypes import Seconds
 from nebula_mp.shm import LockFile
@@ -99,7 +99,10 @@ class _Loop:
             if out:
                 holding = send(BUDGET, drainer.drains) & HOLDING
             if into:
-                more = receive(BUDGET, drainer.drains) & MORE
+                passed = receive(BUDGET, drainer.drains)
+                more = passed & MORE
+                if passed & FORWARDED:
+                    holding = send(0, drainer.drains) & HOLDING
             now = monotonic()
             if now >= self._due_at:
                 self._handle_time(now)

@@ -532,6 +532,7 @@ class ShmPlane:
             peer=ref,
             underlay=remote,
             sources=sources if is_simple else None,
+            relay=None,  # every tunnel of ours is direct
         )
 
     def _publish(self, known: _Open, fields: TunnelFields) -> None:

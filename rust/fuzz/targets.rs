@@ -32,11 +32,14 @@ pub fn fuzz_header(data: &[u8]) {
         return;
     };
     let (index, counter) = header::index_and_counter(raw);
-    let mut written = [0xEE; header::HEADER_BYTES];
-    header::write_message(&mut written, index, counter);
-    assert_eq!(header::index_and_counter(&written), (index, counter));
-    assert_eq!(header::kind(written[0], written[1]), Some(header::MESSAGE));
-    assert_eq!(written[4..], raw[4..]);
+    for subtype in [header::MESSAGE_IP, header::MESSAGE_RELAY] {
+        let mut written = [0xEE; header::HEADER_BYTES];
+        header::write_message(&mut written, subtype, index, counter);
+        assert_eq!(header::index_and_counter(&written), (index, counter));
+        assert_eq!(header::kind(written[0], written[1]), Some(header::MESSAGE));
+        assert_eq!(written[1], subtype);
+        assert_eq!(written[4..], raw[4..]);
+    }
     if let Some(kind) = header::kind(raw[0], raw[1]) {
         assert!(kind <= header::CONTROL && raw[1] <= 1);
         assert_eq!(raw[0], header::VERSION << 4 | kind);

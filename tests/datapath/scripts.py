@@ -16,22 +16,49 @@ from typing import Any, Final, NamedTuple
 from nebula_mp.config.model import NO_OFFLOADS, Offloads
 from nebula_mp.crypto.replay import WIDTH
 from nebula_mp.datapath.api import Kernel, UpcallLimits, UpcallReason
-from nebula_mp.newtypes import Cipher, Seconds, TunnelIndex, UdpAddr
+from nebula_mp.newtypes import Cipher, RelayIndex, Seconds, TunnelIndex, UdpAddr
 from nebula_mp.shm import PAGE_BYTES
 from nebula_mp.shm_flows import Pair
-from nebula_mp.shm_table import PeerRef
+from nebula_mp.shm_relays import RelayKind, RelayRow, RelayTable
+from nebula_mp.shm_table import RELAYS, PeerRef
 from nebula_mp.shm_tunnels import TunnelState
 from nebula_mp.wire.header import COUNTER_LIMIT, SUBTYPES, MessageType
 from nebula_mp.wire.ip import parse_flow
 from tests.datapath.batches import ALL, SOURCE, Batch, feed, take
-from tests.datapath.sites import INDEX_NEAR, KEY_IN, KEY_OUT, UNLIMITED, Site, connect, message, store_counter
+from tests.datapath.sites import (
+    INDEX_NEAR,
+    KEY_IN,
+    KEY_OUT,
+    UNLIMITED,
+    Site,
+    connect,
+    frame,
+    message,
+    store_counter,
+)
 from tests.datapath.superpackets import A4, A6, B4, B6, TIMESTAMPS, Plan
 from tests.support.packets import ACK, CWR, ECE, FIN, PSH, TCP, UDP, checksum, raw_packets
+from tests.support.tables import writable
 
 INDEX_OTHER: Final = TunnelIndex(0x0D06_0009)  # of another peer, reached by IPv6
 INDEX_NEW: Final = TunnelIndex(0x5EED_000B)  # a candidate, of no peer's choice
 INDEX_WRONG: Final = TunnelIndex(0x1111_0003)  # the row is ours, the tunnel is not
 INDEX_NOWHERE: Final = TunnelIndex(0x1111_FFFF)
+INDEX_BEHIND: Final = TunnelIndex(0x0B0B_000D)  # of a peer behind the relay that the first tunnel leads to
+KEYS_BEHIND: Final = (KEY_OUT[1:] + b"\x77", KEY_IN[1:] + b"\x77")
+PATH_ENDS: Final = RelayIndex(0x7A7A_0003)  # through the first tunnel
+PATH_PASSES: Final = RelayIndex(0x7B7B_0004)  # from the first tunnel to the other peer's
+PATH_BACK: Final = RelayIndex(0x7C7C_0005)  # and from there
+PATH_NOWHERE: Final = RelayIndex(0x7D7D_0006)  # to the candidate
+PATHS: Final = (
+    RelayRow(PATH_ENDS, INDEX_NEAR, RelayKind.TERMINAL, None, RelayIndex(0x1111_2222)),
+    RelayRow(PATH_PASSES, INDEX_NEAR, RelayKind.FORWARDING, INDEX_OTHER, RelayIndex(0x1111_3333)),
+    RelayRow(PATH_BACK, INDEX_OTHER, RelayKind.FORWARDING, INDEX_NEAR, RelayIndex(0x1111_4444)),
+    RelayRow(PATH_NOWHERE, INDEX_NEAR, RelayKind.FORWARDING, INDEX_NEW, RelayIndex(0x1111_5555)),
+)
+FRAMED: Final = (
+    [PATH_ENDS] * 6 + [PATH_PASSES] * 3 + [PATH_BACK, PATH_NOWHERE, RelayIndex(PATH_ENDS ^ 0x10000)]
+)
 INDEXES: Final = [INDEX_NEAR] * 12 + [INDEX_OTHER, INDEX_OTHER, INDEX_NEW, INDEX_WRONG, INDEX_NOWHERE]
 SOURCES: Final = [SOURCE] * 6 + [("10.77.0.9", 4243), ("10.78.0.1", 4242), ("10.9.0.9", 4242)]
 OFFLOADS: Final = [
@@ -49,10 +76,10 @@ LIMITED: Final = UpcallLimits(
 )
 
 # Where flows of these ports end: with a peer, with none of this gateway's, refused, or with control.
-NEAR_PORTS, OTHER_PORTS, LONE_PORTS, REFUSED_PORTS, UNKNOWN_PORTS = (
-    (40000 + each, 50000) for each in range(5)
+NEAR_PORTS, OTHER_PORTS, LONE_PORTS, REFUSED_PORTS, UNKNOWN_PORTS, BEHIND_PORTS = (
+    (40000 + each, 50000) for each in range(6)
 )
-PORTS: Final = [NEAR_PORTS] * 8 + [OTHER_PORTS] * 2 + [LONE_PORTS, REFUSED_PORTS, UNKNOWN_PORTS]
+PORTS: Final = [NEAR_PORTS] * 8 + [OTHER_PORTS, BEHIND_PORTS] * 2 + [LONE_PORTS, REFUSED_PORTS, UNKNOWN_PORTS]
 
 BASES: Final = (
     Plan(4, TCP, b"", 1, options=TIMESTAMPS),
@@ -151,13 +178,25 @@ class Host:
         self.site.update(sources=frozenset({A4.packed, A6.packed, B4.packed, B6.packed}))
         self.other = self._open(INDEX_OTHER, TunnelState.PROVEN, IPv6Address("2001:db8::7"))
         self._open(INDEX_NEW, TunnelState.CANDIDATE, IPv4Address("192.0.2.9"))
+        self.behind = self._open(INDEX_BEHIND, TunnelState.PROVEN, None, keys=KEYS_BEHIND, relay=PATH_ENDS)
+        self.paths = RelayTable(writable(self.site.tables.relays, RELAYS))
+        for path in PATHS:
+            self.paths.set(path)
         lone = self.site.peers.add()
         assert lone is not None
         self.lone = lone
         self.admit()
         self.readers = [self.site.reader(worker) for worker in range(2)]
 
-    def _open(self, index: TunnelIndex, state: TunnelState, ip: IPv4Address | IPv6Address) -> PeerRef:
+    def _open(
+        self,
+        index: TunnelIndex,
+        state: TunnelState,
+        ip: IPv4Address | IPv6Address | None,
+        *,
+        keys: tuple[bytes, bytes] = (KEY_OUT[::-1], KEY_IN[::-1]),
+        relay: RelayIndex | None = None,
+    ) -> PeerRef:
         peer = self.site.peers.add()
         assert peer is not None
         fields = replace(
@@ -166,10 +205,11 @@ class Host:
             state=state,
             peer=peer,
             owner=int(index == INDEX_OTHER),
-            underlay=UdpAddr(ip, 4242),
+            underlay=None if ip is None else UdpAddr(ip, 4242),
             sources=None,
+            relay=relay,
         )
-        self.site.tunnels.open(fields, KEY_OUT[::-1], KEY_IN[::-1])
+        self.site.tunnels.open(fields, *keys)
         if state is TunnelState.PROVEN:
             self.site.peers.set(peer, index)
         return peer
@@ -185,6 +225,7 @@ class Host:
             for ports, peer in (
                 (NEAR_PORTS, site.peer),
                 (OTHER_PORTS, self.other),
+                (BEHIND_PORTS, self.behind),
                 (LONE_PORTS, self.lone),
                 (REFUSED_PORTS, site.peer),
             ):
@@ -216,7 +257,8 @@ class Host:
                 return [*polls, sealer.poll(budget)]
             case Came(batches, worker, budget):
                 taken = feed(self.readers[worker], *batches, budget=budget)
-                return [taken, feed(self.readers[1 - worker])]
+                # What was handed over, and what was in a frame that was and is handed back.
+                return [taken, feed(self.readers[1 - worker]), feed(self.readers[worker])]
             case Done(what, _):
                 what(self)
                 return []
@@ -231,6 +273,19 @@ class Host:
     def attach(self, worker: int) -> None:
         """Let a successor take a reader's place."""
         self.readers[worker] = self.site.reader(worker)
+
+    def change_path(self, path: RelayRow, *, is_there: bool) -> None:
+        """Let control give a path, or take it back."""
+        if is_there:
+            self.paths.set(path)
+        else:
+            self.paths.clear(path.local_index)
+
+    def own_behind(self, owner: int) -> None:
+        """Let this reader have the tunnel of the peer behind the relay."""
+        fields = self.site.tunnels.fields(INDEX_BEHIND)
+        assert fields is not None
+        self.site.tunnels.update(replace(fields, owner=owner))
 
     def replace_tunnel(self) -> None:
         """Let the tunnel end, and another one begin in its row."""
@@ -305,7 +360,7 @@ class Dice:
     def __init__(self, seed: int) -> None:
         self._dice = random.Random(seed)
         self._noise = self._dice.randbytes(70_000)
-        self._counters: Tally[TunnelIndex] = Tally(dict.fromkeys(set(INDEXES), 3))
+        self._counters: Tally[TunnelIndex] = Tally(dict.fromkeys({*INDEXES, INDEX_BEHIND}, 3))
         self._sent: list[bytes] = []
         # Of all protocols, most of which control alone knows.
         self._odd = [
@@ -410,6 +465,8 @@ class Dice:
         dice = self._dice
         if dice.random() < 0.1:
             return Batch([self._odd_datagram(cipher)], dice.choice(SOURCES))
+        if dice.random() < 0.2:
+            return Batch(self._frames_of_a_relay(cipher), dice.choice(SOURCES))
         index = dice.choice(INDEXES)
         key = KEY_IN if index == INDEX_NEAR else KEY_IN[::-1]
         packets = self._packets()
@@ -436,6 +493,29 @@ class Dice:
             datagrams[-1] = last[: dice.choice([15, 16, 31, 32, dice.randint(2, len(last))])]
         self._sent = (self._sent + datagrams)[-200:]
         return Batch(datagrams, dice.choice(SOURCES), cut=dice.random() < 0.01)
+
+    def _frames_of_a_relay(self, cipher: Cipher) -> list[bytes]:
+        """Datagrams in frames, of one path."""
+        dice = self._dice
+        path = dice.choice(FRAMED)
+        index, key = (INDEX_OTHER, KEY_IN[::-1]) if path == PATH_BACK else (INDEX_NEAR, KEY_IN)
+        found = []
+        for packet in self._packets():
+            self._counters[INDEX_BEHIND] += dice.choice([1] * 20 + [0, -3, 70])
+            number = max(3, self._counters[INDEX_BEHIND])
+            inside = dice.choice([INDEX_BEHIND] * 10 + [INDEX_NOWHERE])
+            content = message(number, packet, index=inside, cipher=cipher, key=KEYS_BEHIND[1])
+            if dice.random() < 0.1:
+                content = self._odd_datagram(cipher)[:8900]
+            self._counters[index] += dice.choice([1] * 20 + [0, -3])
+            made = frame(max(3, self._counters[index]), content, path, key, cipher)
+            found.append(self._damage(made) if dice.random() < 0.03 else made)
+        size = len(found[0])
+        whole = next((at for at, each in enumerate(found) if len(each) != size), len(found))
+        if whole < len(found) and len(found[whole]) < size:
+            whole += 1
+        self._sent = (self._sent + found)[-200:]
+        return found[:whole]
 
     def _packets(self) -> list[bytes]:
         """Of one size, of a few flows, the last perhaps shorter."""
@@ -499,6 +579,7 @@ class Dice:
         underlay = dice.choice([UdpAddr(IPv4Address(moved[0]), moved[1])] * 3 + [None])
         peer, directions = dice.choice([0, 0, 0, 1, 2]), dice.randrange(4)
         life_ms = dice.choice([1, 1000, 30_000])
+        path, is_there = dice.choice(PATHS), dice.random() < 0.85
         told = f"flows with peer {peer} may begin: {directions:02b}, for {life_ms} ms"
         choices: list[tuple[int, Done]] = [
             (6, Done(lambda host: host.tell_of_pairs(peer, directions, life_ms), told)),
@@ -512,6 +593,8 @@ class Dice:
             (2, Done(lambda host: host.new_rules(), "the rules are new")),
             (1, Done(lambda host: host.admit(), "control knows its flows")),
             (2, Done(lambda host: host.replace_tunnel(), "the tunnel is a new one")),
+            (2, Done(lambda host: host.change_path(path, is_there=is_there), f"{path}: {is_there}")),
+            (2, Done(lambda host: host.own_behind(owner), f"reader {owner} owns what is behind the relay")),
             (
                 3,
                 Done(

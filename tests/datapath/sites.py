@@ -38,7 +38,7 @@ from nebula_mp.shm_ring import Bell, Consumer, Entry, Recovery, RingMemory
 from nebula_mp.shm_stats import StatsPage
 from nebula_mp.shm_table import FLOWS, PEERS, ROWS_AT, SEEN, SEND_ROW, PeerRef
 from nebula_mp.shm_tunnels import TunnelFields, TunnelState
-from nebula_mp.wire.header import Header, MessageType
+from nebula_mp.wire.header import MESSAGE_RELAY, Header, MessageType
 from nebula_mp.wire.ip import parse_flow
 from nebula_mp.workers.memory import own_writable
 from tests.support import native, rings, tables
@@ -130,6 +130,7 @@ class Site:
             tunnels=made.tunnels.read_only,
             keys=made.keys.read_only,
             peers=made.peers.read_only,
+            relays=made.relays.read_only,
             flows=own_writable(made.flows, worker),
             seen=tuple(each.descriptor for each in made.seen),
             send=made.send.descriptor,
@@ -317,7 +318,7 @@ def connect(
     local, remote = (INDEX_FAR, INDEX_NEAR) if mirrored else (INDEX_NEAR, INDEX_FAR)
     others = {NEAR.packed, NEAR_V6.packed} if mirrored else {FAR.packed, FAR_V6.packed}
     near.fields = TunnelFields(
-        local, remote, state, cipher, owner, peer, far or address_of(near.far), frozenset(others)
+        local, remote, state, cipher, owner, peer, far or address_of(near.far), frozenset(others), None
     )
     keys = (KEY_IN, KEY_OUT) if mirrored else (KEY_OUT, KEY_IN)
     near.generation = near.tunnels.open(near.fields, *keys)
@@ -351,6 +352,12 @@ def message(
     """What the far host sends to the near one, sealed by the library alone."""
     header = Header(kind, subtype, index, Counter(counter)).encode()
     return header + Aead(cipher, key).seal(counter, header, plaintext)
+
+
+def frame(counter: int, content: bytes, path: int, key: bytes = KEY_IN, cipher: Cipher = Cipher.AES) -> bytes:
+    """What the relay sends, sealed by the library alone."""
+    head = Header(MessageType.MESSAGE, MESSAGE_RELAY, TunnelIndex(path), Counter(counter)).encode() + content
+    return head + Aead(cipher, key).seal(counter, head, b"")
 
 
 def deliver(site: Site, *datagrams: bytes, worker: int = 0, sender: socket.socket | None = None) -> None:

@@ -5,6 +5,7 @@ takes a million. A script that fails is said by its seed, and by what happened i
 """
 
 import os
+from collections import Counter as Tally
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from nebula_mp.config.model import Offloads
 from nebula_mp.crypto.aead import Aead
-from nebula_mp.datapath.api import Drop
+from nebula_mp.datapath.api import Drop, UpcallReason
 from nebula_mp.datapath.segment import segment
 from nebula_mp.datapath.virtio import HEADER_BYTES, VirtioHeader
 from nebula_mp.newtypes import Cipher
@@ -25,8 +26,10 @@ from nebula_mp.wire.ip import parse_flow
 from tests.datapath.batches import ALL, Batch, feed, packets_of, sealed, site_of, take
 from tests.datapath.conftest import MakeSite
 from tests.datapath.scripts import (
+    INDEX_BEHIND,
     NEAR_PORTS,
     OFFLOADS,
+    PATHS,
     Came,
     Dice,
     Done,
@@ -94,16 +97,25 @@ def story(script: Script) -> str:
 @pytest.mark.parametrize("part", range(PARTS))
 def test_traffic_of_all_kinds_leaves_the_same_behind(part: int) -> None:
     datagrams, seed = 0, part
-    reached: dict[str, int] = {}
+    reached: Tally[str] = Tally()
     while datagrams < DATAGRAMS / PARTS:
         script = Dice(seed).script(SCRIPT_DATAGRAMS)
-        for name, value in check_agreement(script, f"seed {seed}").stats.items():
-            reached[name] = reached.get(name, 0) + value
+        outcome = check_agreement(script, f"seed {seed}")
+        reached.update(outcome.stats)
+        reached["framed"] += sum(
+            each[4:8] == PATHS[0].next_index.to_bytes(4, "big") for _, each in outcome.sealed
+        )
+        reached["unframed"] += sum(row == INDEX_BEHIND & 0xFFFF for _, row, _ in outcome.opened)
+        reached["relayed"] += sum(upcall.reason is UpcallReason.RELAYED for _, upcall in outcome.upcalls)
         datagrams += script.datagrams
         seed += PARTS
 
-    # It is no agreement on nothing: readers admitted flows, and every reason was there, but for full rings.
+    # It is no agreement on nothing: readers admitted flows, relay frames went all ways, and every reason was
+    # there, but for full rings.
     assert reached["mp.flows.admitted"] > 0
+    assert min(reached[name] for name in ("mp.relay.forwarded", "framed", "unframed", "relayed")) > 10, (
+        reached
+    )
     elsewhere = {
         each.value for each in Drop if each.value.startswith(("mp.udp.", "mp.tun.drop", "mp.ring.", "udp."))
     }

@@ -65,7 +65,7 @@ WRONG: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "a region of another version": (
         "layouts",
         lambda regions: [(name, magic, version + 1) for name, magic, version in regions],
-        "version 1 is not known",
+        "tunnels: version 2 is not known",
     ),
     "a sum": ("checksum", lambda found: found ^ 1, "checksum: found"),
     "a ciphertext": ("seal", lambda found: flip(found, 3), "opened: found"),

@@ -5,7 +5,7 @@ Data flow: tests -> [support.tables] -> nebula_mp.shm_table
 
 from ipaddress import ip_address
 
-from nebula_mp.newtypes import Cipher, TunnelIndex, UdpAddr
+from nebula_mp.newtypes import Cipher, RelayIndex, TunnelIndex, UdpAddr
 from nebula_mp.shm import Layout, Mapping, Region
 from nebula_mp.shm_counters import SendCounters
 from nebula_mp.shm_table import KEYS, SEND, SPAN, TUNNELS, PeerRef, Tables
@@ -60,6 +60,7 @@ def fields(
     underlay: str | None = "192.0.2.7",
     port: int = 4242,
     sources: frozenset[bytes] | None = frozenset({bytes([10, 0, 0, 2])}),
+    relay: RelayIndex | None = None,
 ) -> TunnelFields:
     """State a tunnel in `row`."""
     return TunnelFields(
@@ -71,4 +72,5 @@ def fields(
         PeerRef(7 << 32 | row),
         None if underlay is None else UdpAddr(ip_address(underlay), port),
         sources,
+        relay,
     )

@@ -37,9 +37,9 @@ from nebula_mp.config.model import (
 )
 from nebula_mp.control.actions import Action, HandOver, SendDatagram, WriteTun
 from nebula_mp.control.controller import Controller
+from nebula_mp.crypto.aead import Ciphers
 from nebula_mp.datapath.api import CONTROL, Arrival, UpcallLimits, UpcallReason, parse_record
 from nebula_mp.datapath.filling import Drops, Upcalls
-from nebula_mp.datapath.sealing import Ciphers
 from nebula_mp.newtypes import Instant, IPAddress, Seconds, TunnelIndex, UdpAddr
 from nebula_mp.shm import LockFile, Mapping
 from nebula_mp.shm_counters import SendCounters, Traffic

@@ -161,6 +161,7 @@ def test_readers_read_what_others_say(shared: Shared) -> None:
         "tunnels",
         "tunnel keys",
         "peers",
+        "relays",
         "flows 1",
         "flows 2",
         "span 1",

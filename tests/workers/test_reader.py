@@ -4,6 +4,8 @@ import errno
 import os
 import signal
 import time
+from contextlib import closing
+from dataclasses import replace
 from ipaddress import IPv4Network
 
 import pytest
@@ -12,18 +14,22 @@ from pyroute2 import IPRoute
 from nebula_mp.config.model import DrainMode, TunConfig
 from nebula_mp.datapath.api import CONTROL, Arrival, Drop, UpcallLimits, encode_record
 from nebula_mp.ioctl_tun import TunDevice
+from nebula_mp.newtypes import RelayIndex, TunnelIndex
 from nebula_mp.shm import PAGE_BYTES
+from nebula_mp.shm_relays import RelayKind, RelayRow, RelayTable
 from nebula_mp.shm_ring import POISON
 from nebula_mp.shm_stats import SLOTS, StatsPage
+from nebula_mp.shm_table import RELAYS
 from nebula_mp.wire.header import HEADER_BYTES, MessageType
 from nebula_mp.workers import drain_mode, reader
 from nebula_mp.workers.drain_mode import AutoDrain, Senses
 from nebula_mp.workers.parts import Role, stranger_lock
-from tests.datapath.sites import INDEX_NEAR, address_of, message, packet
+from tests.datapath.sites import INDEX_NEAR, KEY_IN, KEY_OUT, address_of, frame, loopback, message, packet
 from tests.support import native, rings
 from tests.support.forked import shared_words
 from tests.support.native import python_only
 from tests.support.private_net import private_network
+from tests.support.tables import writable
 from tests.workers.conftest import MakeRig
 from tests.workers.rig import Rig, is_silent, receive, soon, without_belt
 
@@ -97,6 +103,34 @@ def test_a_reader_in_mode_writer_leaves_the_rings_to_its_writer_and_rings_the_be
     rig.finish()
     assert rig.count("mp.udp.tx.packets") == rig.count("mp.tun.tx.packets") == 0
     assert rig.count("mp.udp.tx.packets", Role.WRITER) == rig.count("mp.tun.tx.packets", Role.WRITER) == 1
+
+
+@pytest.mark.parametrize("drain", [DrainMode.READER, DrainMode.WRITER])
+def test_a_frame_that_is_forwarded_leaves_at_once_whoever_drains(make_rig: MakeRig, drain: DrainMode) -> None:
+    """Although nothing came from the device, so that nothing but the other half of the pass sees to it."""
+    rig = make_rig(drain=drain)
+    site = rig.site
+    with closing(loopback()) as other:
+        peer = site.peers.add()
+        assert peer is not None
+        beyond = TunnelIndex(0x0D0D_000C)
+        fields = replace(site.fields, local_index=beyond, peer=peer, underlay=address_of(other))
+        site.tunnels.open(fields, KEY_OUT, KEY_IN)
+        path = RelayRow(
+            RelayIndex(0x7B7B_0004), INDEX_NEAR, RelayKind.FORWARDING, beyond, RelayIndex(0x7C7C_0011)
+        )
+        RelayTable(writable(site.tables.relays, RELAYS)).set(path)
+        rig.start_all(prepare=without_belt)
+
+        for counter in range(3, 30):
+            content = b"%d" % counter
+            site.far.sendto(frame(counter, content, path.local_index), site.udp[0].getsockname())
+            found = receive(other)
+            assert (counter_of(found), found[16:-16]) == (counter, content)
+
+        rig.finish()
+        assert rig.is_empty()
+        site.check_ledger()
 
 
 class AlwaysWriter(AutoDrain):

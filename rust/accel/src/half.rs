@@ -15,6 +15,8 @@ use crate::faults::raise;
 const MORE: u8 = 1;
 /// `api.HOLDING`.
 const HOLDING: u8 = 2;
+/// `api.FORWARDED`.
+const FORWARDED: u8 = 4;
 
 /// What `Half.work` does: budget, whether to drain, the monotonic clock in microseconds -> flags.
 type Work = dyn FnMut(usize, bool, u64) -> Result<u8>;
@@ -44,8 +46,10 @@ impl Half {
             if passed.left {
                 sys::ring_bell(bell);
             }
-            let more = if passed.taken >= budget { MORE } else { 0 };
-            Ok(more | if fill.is_holding() { HOLDING } else { 0 })
+            let flag = |is_set, flag| if is_set { flag } else { 0 };
+            Ok(flag(passed.taken >= budget, MORE)
+                | flag(fill.is_holding(), HOLDING)
+                | flag(fill.take_forwarded(), FORWARDED))
         };
         Self {
             work: RefCell::new(Box::new(work)),

@@ -18,7 +18,7 @@ mod packets;
 mod reader;
 
 /// What `accelerated.ABI` must be: changes with every name, argument or meaning of this module.
-const ABI: u32 = 5;
+const ABI: u32 = 6;
 
 /// What this build and this processor use: `aead` is the library's name.
 fn features(py: Python<'_>) -> PyResult<Bound<'_, pyo3::types::PyDict>> {

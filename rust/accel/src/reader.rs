@@ -10,6 +10,7 @@ use nebula_mp_core::flows::FlowView;
 use nebula_mp_core::layout;
 use nebula_mp_core::opener::{Network, Opener};
 use nebula_mp_core::peers::PeerView;
+use nebula_mp_core::relays::RelayView;
 use nebula_mp_core::ring::Recovery;
 use nebula_mp_core::sealer::{Sealer, Shared};
 use nebula_mp_core::tunnels::TunnelView;
@@ -31,6 +32,7 @@ struct Memory<'py> {
     tunnels: i32,
     keys: i32,
     peers: i32,
+    relays: i32,
     flows: Vec<i32>,
     seen: Vec<i32>,
     send: i32,
@@ -193,6 +195,7 @@ impl Attached<'_> {
                 PeerView::new(region(memory.peers, &layout::PEERS, "")?)?,
                 Rc::clone(&counted),
             )?,
+            relays: RelayView::new(region(memory.relays, &layout::RELAYS, "")?)?,
             traffic: Traffic::new(region(memory.traffic, &layout::TRAFFIC, "")?)?,
             upcalls: Upcalls::new(
                 producer(memory.upcall_ring, "upcall", poison)?,
@@ -211,14 +214,14 @@ impl Attached<'_> {
             seal.area(),
         )?;
         let peers = PeerView::new(region(memory.peers, &layout::PEERS, "")?)?;
-        let sealer = Sealer::new(
+        let sealer = Rc::new(RefCell::new(Sealer::new(
             tun_fd,
             seal,
             peers,
             counters,
             Rc::clone(&shared),
             offloads.tun_header(),
-        );
+        )));
         let strangers_out = self
             .strangers_out
             .iter()
@@ -243,11 +246,11 @@ impl Attached<'_> {
             Strangers::new(strangers_out, counted),
             strangers_in,
             overlay,
-            Rc::clone(&shared),
+            Rc::clone(&sealer),
             offloads,
         );
         Ok(Reader {
-            sealer: Rc::new(RefCell::new(sealer)),
+            sealer,
             opener: Rc::new(RefCell::new(opener)),
             shared,
         })

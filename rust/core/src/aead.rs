@@ -82,6 +82,26 @@ impl Key {
         opened
     }
 
+    /// Write the tag over all of `frame` but its last `TAG_BYTES` there; nothing is encrypted. `counter` is as for
+    /// `seal_in_place`.
+    ///
+    /// # Panics
+    ///
+    /// If there is no room for the tag, before anything was changed.
+    #[inline]
+    pub fn seal_frame(&self, counter: u64, frame: &mut [u8]) {
+        let at = frame.len().checked_sub(TAG_BYTES).expect("room for a tag");
+        let (data, room) = frame.split_at_mut(at);
+        self.seal(counter, data, room);
+    }
+
+    /// Whether the last `TAG_BYTES` of `frame` are the tag over all that is before them.
+    #[inline]
+    pub fn open_frame(&self, counter: u64, frame: &[u8]) -> Result<(), Forged> {
+        let (data, tag) = frame.split_last_chunk::<TAG_BYTES>().ok_or(Forged)?;
+        self.open(counter, data, &[], tag, &mut [])
+    }
+
     fn seal(&self, counter: u64, associated_data: &[u8], data: &mut [u8]) {
         let (plaintext, room) = data
             .split_last_chunk_mut::<TAG_BYTES>()
@@ -167,6 +187,29 @@ mod tests {
 
     fn key(cipher: Cipher, hex: &str) -> Key {
         Key::new(cipher, &bytes(hex).try_into().unwrap())
+    }
+
+    #[test]
+    fn the_tag_of_a_frame_is_over_all_that_is_before_it_and_nothing_is_encrypted() {
+        for cipher in BOTH {
+            let key = Key::new(cipher, &[7; 32]);
+            let content: Vec<u8> = (0..100).collect();
+            let mut frame = [content.as_slice(), &[0; TAG_BYTES]].concat();
+            key.seal_frame(9, &mut frame);
+
+            assert_eq!(frame[..100], content);
+            assert_eq!(frame[100..], sealed(&key, 9, &content, b""));
+            assert_eq!(key.open_frame(9, &frame), Ok(()));
+            assert_eq!(key.open_frame(10, &frame), Err(Forged));
+            for at in [0, 50, 99, 100, 115] {
+                let mut forged = frame.clone();
+                forged[at] ^= 1;
+                assert_eq!(key.open_frame(9, &forged), Err(Forged), "{at}");
+            }
+            for short in [0, 15, 16, 115] {
+                assert_eq!(key.open_frame(9, &frame[..short]), Err(Forged), "{short}");
+            }
+        }
     }
 
     fn sealed(key: &Key, counter: u64, associated_data: &[u8], plaintext: &[u8]) -> Vec<u8> {

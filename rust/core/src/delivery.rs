@@ -45,7 +45,7 @@ struct Sender {
     local_index: u32,
     generation: u64,
     sequence: u64,
-    source: UdpAddr,
+    source: Option<UdpAddr>,
 }
 
 /// Where the packet in hand is opened.
@@ -103,13 +103,13 @@ impl Delivery {
         bytes + self.head_bytes <= self.filler.room_bytes()
     }
 
-    /// The next packets are of this tunnel and come from `source`.
-    pub fn enter(&mut self, tunnel: &Tunnel, source: &UdpAddr) {
+    /// The next packets are of this tunnel and come from `source`, or in frames.
+    pub fn enter(&mut self, tunnel: &Tunnel, source: Option<UdpAddr>) {
         let sender = Sender {
             local_index: tunnel.local_index,
             generation: tunnel.generation,
             sequence: tunnel.sequence,
-            source: *source,
+            source,
         };
         if self.sender != Some(sender) {
             self.settle();

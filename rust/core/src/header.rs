@@ -22,6 +22,8 @@ pub const TEST: u8 = 4;
 pub const CLOSE_TUNNEL: u8 = 5;
 /// Relay control.
 pub const CONTROL: u8 = 6;
+/// Subtype of a data message that is an IP packet.
+pub const MESSAGE_IP: u8 = 0;
 /// Subtype of a data message that is a relay frame.
 pub const MESSAGE_RELAY: u8 = 1;
 /// Nothing is sealed at or beyond this counter.
@@ -31,11 +33,11 @@ pub const STAGE_2_COUNTER: u64 = 2;
 /// The largest datagram a Nebula node reads.
 pub const DATAGRAM_BYTES_MAX: usize = 9001;
 
-/// Write the header of an IP data message.
+/// Write the header of a data message.
 #[inline]
-pub fn write_message(out: &mut [u8; HEADER_BYTES], remote_index: u32, counter: u64) {
+pub fn write_message(out: &mut [u8; HEADER_BYTES], subtype: u8, remote_index: u32, counter: u64) {
     out[0] = VERSION << 4 | MESSAGE;
-    out[1] = 0;
+    out[1] = subtype;
     out[2] = 0;
     out[3] = 0;
     out[4..8].copy_from_slice(&remote_index.to_be_bytes());

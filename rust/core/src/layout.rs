@@ -15,7 +15,7 @@ pub const HEADER_WORDS: usize = HEADER_BYTES / 8;
 pub const ROWS_AT: usize = PAGE_BYTES;
 /// Index of its first word.
 pub const ROWS_AT_WORD: usize = PAGE_BYTES / 8;
-/// Tunnels, and peers: a row is the low half of a local index.
+/// Tunnels, peers and relays: a row is the low half of a local index.
 pub const ROWS_MAX: usize = 65_536;
 /// Bits of `SendRow::sealers`.
 pub const WORKERS_MAX: usize = 64;
@@ -62,11 +62,16 @@ const fn layout(name: &'static str, magic: &'static [u8; 8]) -> Layout {
 }
 
 /// Rows of tunnels, but for their keys.
-pub const TUNNELS: Layout = layout("tunnels", b"nmp:tunl");
+pub const TUNNELS: Layout = Layout {
+    version: 2,
+    ..layout("tunnels", b"nmp:tunl")
+};
 /// The keys of those rows.
 pub const KEYS: Layout = layout("tunnel keys", b"nmp:keys");
 /// Current tunnel of each peer.
 pub const PEERS: Layout = layout("peers", b"nmp:peer");
+/// Paths through relays.
+pub const RELAYS: Layout = layout("relays", b"nmp:rela");
 /// Verdicts by inner addresses and ports.
 pub const FLOWS: Layout = Layout {
     version: 3,
@@ -90,8 +95,9 @@ pub const RING_DATA: Layout = layout("ring data", b"nmp:data");
 pub const RING_STATE: Layout = layout("ring state", b"nmp:stat");
 
 /// Every layout that this crate attaches to.
-pub const LAYOUTS: [Layout; 12] = [
-    TUNNELS, KEYS, PEERS, FLOWS, SEEN, SEND, WINDOWS, SPAN, TRAFFIC, STATS, RING_DATA, RING_STATE,
+pub const LAYOUTS: [Layout; 13] = [
+    TUNNELS, KEYS, PEERS, RELAYS, FLOWS, SEEN, SEND, WINDOWS, SPAN, TRAFFIC, STATS, RING_DATA,
+    RING_STATE,
 ];
 
 /// Structures of integers only, without padding, and the list of where their fields are.
@@ -165,7 +171,8 @@ rows! {
         source_families: u8,
         spare_b: [u8; 2],
         sources: [[u8; 16]; 3],
-        spare_c: [u8; 16],
+        relay: u32,
+        spare_c: [u8; 12],
     }
     /// The keys of a tunnel.
     "KEY_ROW" KeyRow {
@@ -175,6 +182,16 @@ rows! {
     /// Local index of the current tunnel or 0, and generation << 32.
     "PEER_ROW" PeerRow {
         tunnel: u64,
+    }
+    /// A path through a relay, free if `kind` is 0.
+    "RELAY_ROW" RelayRow {
+        sequence: u64,
+        local_index: u32,
+        carrier: u32,
+        kind: u32,
+        next_tunnel: u32,
+        next_index: u32,
+        spare: u32,
     }
     /// The last counter reserved, and bit n of `sealers` if worker n has sealed for this tunnel.
     "SEND_ROW" SendRow {
@@ -279,6 +296,14 @@ pub fn copy_words<const COUNT: usize>(region: &Region, first: usize) -> [u64; CO
 }
 
 impl TunnelRow {
+    /// Take a copy of the words for a row.
+    pub fn from_words(words: [u64; size_of::<Self>() / 8]) -> Self {
+        // SAFETY: of the same size, and any bits are integers.
+        unsafe { std::mem::transmute(words) }
+    }
+}
+
+impl RelayRow {
     /// Take a copy of the words for a row.
     pub fn from_words(words: [u64; size_of::<Self>() / 8]) -> Self {
         // SAFETY: of the same size, and any bits are integers.

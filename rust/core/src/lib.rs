@@ -7,9 +7,9 @@
 //! ```
 //!
 //! Bottom-up: `error`, `header`, `checksum`, `ip`, `virtio`, `segment`, `coalesce`, `aead`, `replay` (pure) -> `words`,
-//! `region`, `layout` (memory) -> `cursors`, `ring`, `stats`, `tunnels`, `peers`, `flow_rows`, `admission`, `flows`,
-//! `ledger`, `counters`, `windows` (shared structures) -> `filler`, `upcalls` -> `sys`, `sources` (system calls) -> `runs`, `outlet`,
-//! `tun_queue`, `sealer`, `delivery`, `opener`, `drains` -> `pass`.
+//! `region`, `layout` (memory) -> `cursors`, `ring`, `stats`, `tunnels`, `peers`, `relays`, `flow_rows`,
+//! `admission`, `flows`, `ledger`, `counters`, `windows` (shared structures) -> `filler`, `upcalls` -> `sys`, `sources`
+//! (system calls) -> `runs`, `outlet`, `tun_queue`, `sealer`, `delivery`, `opener`, `drains` -> `pass`.
 //! Knows no policy, no process and nothing of Python; allocates nothing for a packet.
 
 pub mod admission;
@@ -33,6 +33,7 @@ mod outlet;
 pub mod pass;
 pub mod peers;
 pub mod region;
+pub mod relays;
 pub mod replay;
 pub mod ring;
 pub mod runs;

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! UDP | another reader's strangers -> [Opener] -> delivery -> open ring -> drains::TunDrain
+//!                                              -> outlet -> seal ring -> drains::UdpDrain
 //!                                              -> upcall ring -> control
 //!                                              -> stranger ring -> the owner of the tunnel
 //! ```
@@ -28,9 +29,10 @@ use crate::header::{
     index_and_counter, kind, DATAGRAM_BYTES_MAX, HANDSHAKE, HEADER_BYTES, MESSAGE, MESSAGE_RELAY,
     OVERHEAD_BYTES, RECV_ERROR, TAG_BYTES, VERSION,
 };
+use crate::relays::{Leads, Path};
 use crate::replay::Refused;
 use crate::ring::Consumer;
-use crate::sealer::Shared;
+use crate::sealer::{Sealer, Shared};
 use crate::sys;
 use crate::tunnels::{Tunnel, TunnelState, UdpAddr};
 use crate::upcalls::{parse_record, Arrival, Reason, Strangers, RECORD_BYTES};
@@ -86,7 +88,7 @@ pub struct Opener {
 }
 
 impl Opener {
-    /// As `PythonOpener`. `overlay`: datagrams from these networks have looped.
+    /// As `PythonOpener`. `overlay`: datagrams from these networks have looped. `outbound`: what frames go on through.
     #[allow(clippy::too_many_arguments)]
     pub fn new(
         udp_fd: i32,
@@ -96,7 +98,7 @@ impl Opener {
         strangers: Strangers,
         strangers_in: Vec<Consumer>,
         overlay: Vec<Network>,
-        shared: Rc<RefCell<Shared>>,
+        outbound: Rc<RefCell<Sealer>>,
         offloads: Offloads,
     ) -> Self {
         // Without UDP_GRO a larger datagram is cut there, since it is refused for its size whatever it has.
@@ -105,6 +107,7 @@ impl Opener {
         } else {
             DATAGRAM_BYTES_MAX + 1
         };
+        let shared = outbound.borrow().shared();
         Self {
             udp_fd,
             batch: vec![0; BATCH_BYTES_MAX],
@@ -118,6 +121,8 @@ impl Opener {
                 strangers,
                 delivery: Delivery::new(filler, offloads),
                 message: vec![0; RECORD_BYTES + DATAGRAM_BYTES_MAX + 1],
+                outbound,
+                has_forwarded: false,
             },
             shared,
         }
@@ -166,6 +171,9 @@ impl Opener {
             self.inbound.take(batch, stride, source, now_ms, shared)?;
         }
         self.inbound.delivery.flush();
+        if self.inbound.has_forwarded {
+            self.inbound.outbound.borrow_mut().publish();
+        }
         shared.upcalls.flush();
         self.inbound.strangers.flush();
         if packets > 0 {
@@ -181,6 +189,11 @@ impl Opener {
     /// As `api.Opener.waiting`.
     pub fn waiting(&mut self) -> Result<u64> {
         self.inbound.delivery.waiting()
+    }
+
+    /// Whether anything was forwarded since this was asked last: then the other half is to see to it that it goes.
+    pub fn take_forwarded(&mut self) -> bool {
+        std::mem::take(&mut self.inbound.has_forwarded)
     }
 
     /// The sender, or None if it lies inside the overlay: then the datagram has looped.
@@ -207,9 +220,17 @@ impl Opener {
                     let length = data.len().min(RECORD_BYTES + DATAGRAM_BYTES_MAX + 1);
                     let copy = &mut self.batch[..length];
                     copy.copy_from_slice(&data[..length]);
-                    let (source, datagram) = parse_record(copy)?;
-                    self.inbound
-                        .take(datagram, datagram.len(), source, now_ms, shared)?;
+                    match parse_record(copy)? {
+                        (0, source, datagram) => {
+                            let stride = datagram.len();
+                            self.inbound
+                                .take(datagram, stride, source, now_ms, shared)?;
+                        }
+                        (path, _, datagram) => {
+                            self.inbound
+                                .handle_relayed(path, datagram, 1, now_ms, shared)?;
+                        }
+                    }
                     taken += 1;
                 }
                 ring.release()?;
@@ -227,6 +248,9 @@ struct Inbound {
     delivery: Delivery,
     /// Where messages are opened that go up.
     message: Vec<u8>,
+    /// Seals what goes on.
+    outbound: Rc<RefCell<Sealer>>,
+    has_forwarded: bool,
 }
 
 /// A batch from one datagram on, and how it came.
@@ -234,11 +258,18 @@ struct Inbound {
 struct Rest<'a> {
     bytes: &'a [u8],
     stride: usize,
+    /// More that came together with them.
+    further: usize,
 }
 
 impl<'a> Rest<'a> {
     fn first(&self) -> &'a [u8] {
         &self.bytes[..self.stride.min(self.bytes.len())]
+    }
+
+    /// So many came together.
+    fn left(&self) -> usize {
+        self.bytes.len().div_ceil(self.stride.max(1)) + self.further
     }
 
     fn skip(&mut self) {
@@ -258,7 +289,11 @@ impl Inbound {
         now_ms: u64,
         shared: &mut Shared,
     ) -> Result<()> {
-        let mut rest = Rest { bytes, stride };
+        let mut rest = Rest {
+            bytes,
+            stride,
+            further: 0,
+        };
         loop {
             self.handle(&mut rest, source, now_ms, shared)?;
             if rest.bytes.is_empty() {
@@ -310,14 +345,13 @@ impl Inbound {
         };
         let (kind, subtype) = known.unwrap_or((0, 0));
         let arrival = Arrival {
-            source,
+            source: Some(source),
             kind,
             subtype,
             at_ms: now_ms,
         };
-        let is_relay = (kind, subtype) == (MESSAGE, MESSAGE_RELAY);
         let header = match header {
-            Some(header) if kind != HANDSHAKE && kind != RECV_ERROR && !is_relay => header,
+            Some(header) if kind != HANDSHAKE && kind != RECV_ERROR => header,
             _ => {
                 self.delivery.settle(); // what came earlier goes up earlier
                 shared.upcalls.raw(Reason::Datagram, &arrival, datagram)?;
@@ -325,6 +359,25 @@ impl Inbound {
                 return Ok(());
             }
         };
+        if (kind, subtype) == (MESSAGE, MESSAGE_RELAY) {
+            let left = rest.left();
+            rest.skip();
+            return self.take_frame(datagram, header, left, &arrival, shared);
+        }
+        self.open_rest(rest, header, &arrival, 0, shared)
+    }
+
+    /// Open messages of the tunnel that the first, whose header this is, is for; or see to it that this one is handed
+    /// over. It came in a frame of `path`, if that is not 0.
+    fn open_rest(
+        &mut self,
+        rest: &mut Rest<'_>,
+        header: &[u8; HEADER_BYTES],
+        arrival: &Arrival,
+        path: u32,
+        shared: &mut Shared,
+    ) -> Result<()> {
+        let datagram = rest.first();
         let (index, _) = index_and_counter(header);
         let desk = &mut Desk {
             flows: &mut shared.flows,
@@ -333,26 +386,156 @@ impl Inbound {
         };
         match shared.tunnels.get(index)? {
             None => {
-                self.delivery.settle(); // as above
-                desk.upcalls.raw(Reason::UnknownIndex, &arrival, datagram)?;
+                self.delivery.settle(); // what came earlier goes up earlier
+                if path == 0 {
+                    desk.upcalls.raw(Reason::UnknownIndex, arrival, datagram)?;
+                } else {
+                    desk.upcalls.relayed(arrival, path, datagram)?;
+                }
                 rest.skip();
             }
             Some(tunnel) if tunnel.owner != self.worker => {
-                self.strangers.push(tunnel.owner, &arrival, datagram)?;
+                self.strangers.push(tunnel.owner, arrival, datagram, path)?;
                 rest.skip();
             }
             Some(tunnel) => {
-                let (packets, bytes) = self.open_all(rest, header, tunnel, &arrival, desk)?;
+                let (packets, bytes) = self.open_all(rest, header, tunnel, arrival, desk)?;
                 if packets > 0 {
                     let generation = tunnel.generation;
                     let row = tunnel.row();
                     shared
                         .traffic
-                        .received(row, generation, packets, bytes, now_ms);
+                        .received(row, generation, packets, bytes, arrival.at_ms);
                 }
             }
         }
         Ok(())
+    }
+
+    /// See to it that a relay frame is handed over or counted, or what it holds goes where it leads. `left`: so many
+    /// datagrams, with this one, came together.
+    fn take_frame(
+        &mut self,
+        frame: &[u8],
+        header: &[u8; HEADER_BYTES],
+        left: usize,
+        arrival: &Arrival,
+        shared: &mut Shared,
+    ) -> Result<()> {
+        let (index, counter) = index_and_counter(header);
+        let path = shared.relays.get(index)?;
+        let tunnel = match &path {
+            Some(path) => shared.tunnels.get(path.carrier)?,
+            None => None,
+        };
+        let (Some(path), Some(tunnel)) = (path, tunnel) else {
+            self.delivery.settle(); // what came earlier goes up earlier
+            return shared.upcalls.raw(Reason::Datagram, arrival, frame);
+        };
+        if tunnel.owner != self.worker {
+            return self.strangers.push(tunnel.owner, arrival, frame, 0);
+        }
+        let (stats, slots) = (&shared.stats, &shared.stats.slots);
+        if frame.len() < OVERHEAD_BYTES {
+            stats.add(slots.drop_truncated, 1);
+            return Ok(());
+        }
+        let (row, generation) = (tunnel.row(), tunnel.generation);
+        let Some(window) = self.windows.get(row, generation) else {
+            // The row has a later tunnel, and this one ended.
+            stats.add(slots.drop_unknown_index, 1);
+            return Ok(());
+        };
+        let refused = match window.check(counter) {
+            Err(Refused::Old) => Some(slots.drop_old),
+            Err(Refused::Seen) => Some(slots.drop_replay),
+            Ok(()) => match tunnel.receive.open_frame(counter, frame) {
+                Err(_) => Some(slots.drop_auth),
+                Ok(()) => None,
+            },
+        };
+        if let Some(slot) = refused {
+            stats.add(slot, 1);
+            return Ok(());
+        }
+        window.update(counter);
+        let now_ms = arrival.at_ms;
+        shared
+            .traffic
+            .received(row, generation, 1, frame.len() as u64, now_ms);
+        let content = &frame[HEADER_BYTES..frame.len() - TAG_BYTES];
+        let local_index = tunnel.local_index;
+        if tunnel.state != TunnelState::Proven {
+            self.delivery.settle(); // as above
+            return shared
+                .upcalls
+                .opened(Reason::First, arrival, local_index, content);
+        }
+        if tunnel.underlay != arrival.source {
+            shared.upcalls.moved(arrival, local_index)?;
+        }
+        match path.leads {
+            Leads::Here => self.handle_relayed(index, content, left, now_ms, shared),
+            Leads::Through(next) => self.forward(&path, next, content, now_ms, shared),
+        }
+    }
+
+    /// Send the content of a frame on, or count why not.
+    fn forward(
+        &mut self,
+        path: &Path,
+        next: u32,
+        content: &[u8],
+        now_ms: u64,
+        shared: &mut Shared,
+    ) -> Result<()> {
+        let mut outbound = self.outbound.borrow_mut();
+        self.has_forwarded |= outbound.forward(shared, path, next, content, now_ms)?;
+        Ok(())
+    }
+
+    /// See to it that what came in a frame of this path is opened, handed over or counted; `left` as above.
+    fn handle_relayed(
+        &mut self,
+        path: u32,
+        datagram: &[u8],
+        left: usize,
+        now_ms: u64,
+        shared: &mut Shared,
+    ) -> Result<()> {
+        let slots = &shared.stats.slots;
+        let judged = match datagram.first_chunk::<HEADER_BYTES>() {
+            None => Err(slots.drop_short),
+            Some(header) => match kind(header[0], header[1]) {
+                Some(MESSAGE) if header[1] == MESSAGE_RELAY => Err(slots.drop_relay_index),
+                Some(kind) => Ok((header, kind)),
+                None if header[0] >> 4 == VERSION => Err(slots.drop_type),
+                None => Err(slots.drop_version),
+            },
+        };
+        let (header, kind) = match judged {
+            Ok(judged) => judged,
+            Err(slot) => {
+                shared.stats.add(slot, 1);
+                return Ok(());
+            }
+        };
+        let arrival = Arrival {
+            source: None,
+            kind,
+            subtype: header[1],
+            at_ms: now_ms,
+        };
+        if kind == HANDSHAKE || kind == RECV_ERROR {
+            self.delivery.settle(); // as above
+            return shared.upcalls.relayed(&arrival, path, datagram);
+        }
+        let mut rest = Rest {
+            bytes: datagram,
+            stride: datagram.len(),
+            further: left - 1,
+        };
+        self.open_rest(&mut rest, header, &arrival, path, shared)
     }
 
     /// Open messages of a tunnel that is ours, as long as they have the type and index of the first, whose header
@@ -376,11 +559,13 @@ impl Inbound {
         let is_proven = tunnel.state == TunnelState::Proven;
         let is_packet = arrival.kind == MESSAGE;
         if is_packet && is_proven {
-            delivery.enter(tunnel, &arrival.source);
+            delivery.enter(tunnel, arrival.source);
         } else {
             delivery.settle(); // what came earlier goes up earlier
         }
-        let mut has_moved = is_packet && is_proven && tunnel.underlay != Some(arrival.source);
+        // What came in a frame came from nowhere.
+        let mut has_moved =
+            is_packet && is_proven && arrival.source.is_some() && tunnel.underlay != arrival.source;
         let (mut packets, mut bytes) = (0, 0);
         while !rest.bytes.is_empty() {
             let datagram = rest.first();
@@ -390,7 +575,7 @@ impl Inbound {
             if header[..2] != first[..2] || header[4..8] != first[4..8] {
                 break;
             }
-            let left = rest.bytes.len().div_ceil(rest.stride);
+            let left = rest.left();
             rest.skip();
             let (_, counter) = index_and_counter(header);
             if datagram.len() < OVERHEAD_BYTES {

@@ -3,14 +3,22 @@
 //!
 //! Room comes first, counters second and sealing last: who dies in between leaves a gap, never a counter that another
 //! one would take again.
+//!
+//! Relay frames, as `nebula_mp.datapath.relaying`, are made one by one: a datagram of another host's that goes on, or a
+//! packet for a peer behind a relay, sealed for it first.
 
 use crate::counters::{Refusal, SendCounters};
 use crate::error::Result;
 use crate::filler::Filler;
+use crate::header::{
+    write_message, HEADER_BYTES, MESSAGE_IP, MESSAGE_RELAY, OVERHEAD_BYTES, TAG_BYTES,
+};
 use crate::peers::PeerView;
+use crate::relays::{Leads, Path};
 use crate::runs::Target;
 use crate::sealer::Shared;
-use crate::tunnels::TunnelState;
+use crate::stats::StatsPage;
+use crate::tunnels::{Tunnel, TunnelState, TunnelView};
 
 /// So long a run is held back for another worker to send.
 pub const HOLD_US: u64 = 1000;
@@ -26,6 +34,8 @@ pub enum Outcome {
     Held,
     /// Control is to be asked.
     NoTunnel,
+    /// The peer is behind a relay: `seal_relayed`, packet by packet.
+    Relayed,
 }
 
 /// What a run needs.
@@ -109,8 +119,14 @@ impl Outlet {
             let Some(tunnel) = tunnels.get(index)? else {
                 break;
             };
-            if tunnel.state != TunnelState::Proven || tunnel.underlay.is_none() {
+            if tunnel.state != TunnelState::Proven {
                 break;
+            }
+            if tunnel.underlay.is_none() {
+                if tunnel.relay == 0 {
+                    break;
+                }
+                return Ok(Outcome::Relayed);
             }
             if !self.filler.try_room(need.size_bytes, need.entries, 1)? {
                 stats.add(stats.slots.ring_full_seal, packets);
@@ -151,4 +167,173 @@ impl Outlet {
         }
         Ok(Outcome::NoTunnel)
     }
+    /// Seal a packet for a peer behind a relay: `Sealed`, `Dropped` or `NoTunnel`.
+    pub fn seal_relayed(
+        &mut self,
+        shared: &mut Shared,
+        peer: u64,
+        packet: &[u8],
+        now_ms: u64,
+    ) -> Result<Outcome> {
+        let Some((index, hop, path)) = self.find_hop(shared, peer)? else {
+            return Ok(Outcome::NoTunnel);
+        };
+        let Shared {
+            tunnels,
+            traffic,
+            stats,
+            ..
+        } = shared;
+        let inner_bytes = packet.len() + OVERHEAD_BYTES;
+        let size = inner_bytes + OVERHEAD_BYTES;
+        if !self.has_room(size, stats)? {
+            return Ok(Outcome::Dropped);
+        }
+        // A counter is good for the tunnel that it was taken for, not for the next one in its row.
+        let mut granted = [(0, 0); 2];
+        for (each, index) in granted.iter_mut().zip([index, hop]) {
+            let Some(tunnel) = tunnels.get(index)? else {
+                return Ok(Outcome::NoTunnel);
+            };
+            match self.reserve(tunnel, stats)? {
+                Ok(counter) => *each = (counter, tunnel.generation),
+                Err(Refusal::Gone) => return Ok(Outcome::NoTunnel),
+                Err(_) => {
+                    stats.add(stats.slots.drop_exhausted, 1);
+                    return Ok(Outcome::Dropped);
+                }
+            }
+        }
+        let [(inner_counter, inner_generation), (counter, generation)] = granted;
+        let at = self.filler.at;
+        let inner = &mut self.filler.data()[at + HEADER_BYTES..at + size - TAG_BYTES];
+        let tunnel = tunnels.get(index)?;
+        let (Some(tunnel), Some((header, rest))) = (
+            tunnel.filter(|it| it.generation == inner_generation),
+            inner.split_first_chunk_mut(),
+        ) else {
+            return Ok(Outcome::NoTunnel);
+        };
+        write_message(header, MESSAGE_IP, tunnel.remote_index, inner_counter);
+        rest[..packet.len()].copy_from_slice(packet);
+        tunnel.send.seal_in_place(inner_counter, header, rest);
+        let row = tunnel.row();
+        let tunnel = tunnels.get(hop)?;
+        let Some(tunnel) = tunnel.filter(|it| it.generation == generation) else {
+            return Ok(Outcome::NoTunnel);
+        };
+        self.wrap(tunnel, path, counter, size);
+        traffic.sent(row, inner_generation, 1, inner_bytes as u64, now_ms);
+        traffic.sent(tunnel.row(), generation, 1, size as u64, now_ms);
+        Ok(Outcome::Sealed)
+    }
+
+    /// Send the content of a frame of a path on through the tunnel `next`, or count why not; true if it goes.
+    pub fn forward(
+        &mut self,
+        shared: &mut Shared,
+        path: &Path,
+        next: u32,
+        content: &[u8],
+        now_ms: u64,
+    ) -> Result<bool> {
+        let Shared {
+            tunnels,
+            traffic,
+            stats,
+            ..
+        } = shared;
+        let Some(tunnel) = usable(tunnels, next)? else {
+            stats.add(stats.slots.drop_relay_index, 1);
+            return Ok(false);
+        };
+        let size = content.len() + OVERHEAD_BYTES;
+        if !self.has_room(size, stats)? {
+            return Ok(false);
+        }
+        let counter = match self.reserve(tunnel, stats)? {
+            Ok(counter) => counter,
+            Err(refusal) => {
+                let slots = &stats.slots;
+                let slot = match refusal {
+                    Refusal::Gone => slots.drop_relay_index,
+                    Refusal::Exhausted | Refusal::Span => slots.drop_exhausted,
+                };
+                stats.add(slot, 1);
+                return Ok(false);
+            }
+        };
+        let begin = self.filler.at + HEADER_BYTES;
+        self.filler.data()[begin..begin + content.len()].copy_from_slice(content);
+        self.wrap(tunnel, path.next_index, counter, size);
+        traffic.sent(tunnel.row(), tunnel.generation, 1, size as u64, now_ms);
+        stats.add(stats.slots.relay_forwarded, 1);
+        Ok(true)
+    }
+
+    /// The tunnel of a peer behind a relay, the one to the relay, and the path as that calls it.
+    fn find_hop(&mut self, shared: &mut Shared, peer: u64) -> Result<Option<(u32, u32, u32)>> {
+        let Some(index) = self.peers.tunnel(peer) else {
+            return Ok(None);
+        };
+        let Some(tunnel) = shared.tunnels.get(index)? else {
+            return Ok(None);
+        };
+        let Some(path) = shared.relays.get(tunnel.relay)? else {
+            return Ok(None);
+        };
+        if path.leads != Leads::Here || usable(&mut shared.tunnels, path.carrier)?.is_none() {
+            return Ok(None);
+        }
+        Ok(Some((index, path.carrier, path.next_index)))
+    }
+
+    /// Have room for a frame, or count why there is none.
+    fn has_room(&mut self, size: usize, stats: &StatsPage) -> Result<bool> {
+        let slot = if size > self.filler.room_bytes() {
+            stats.slots.drop_oversize
+        } else if !self.filler.try_room(size, 1, 1)? {
+            stats.slots.ring_full_seal
+        } else {
+            return Ok(true);
+        };
+        stats.add(slot, 1);
+        Ok(false)
+    }
+
+    /// One counter, regardless of the span: what waited here would wait with everything that comes behind it.
+    fn reserve(
+        &mut self,
+        tunnel: &Tunnel,
+        stats: &StatsPage,
+    ) -> Result<std::result::Result<u64, Refusal>> {
+        let beyond = self.counters.beyond_span();
+        let area = Some(self.filler.area());
+        let granted = self
+            .counters
+            .reserve(tunnel.row(), tunnel.generation, 1, area, true)?;
+        let passed = self.counters.beyond_span() - beyond;
+        if passed > 0 {
+            stats.add(stats.slots.counter_span, passed);
+        }
+        Ok(granted)
+    }
+
+    /// Make a frame of `size` bytes of the datagram that lies behind room for its header.
+    fn wrap(&mut self, tunnel: &Tunnel, path: u32, counter: u64, size: usize) {
+        let at = self.filler.at;
+        let frame = &mut self.filler.data()[at..at + size];
+        if let Some((header, _)) = frame.split_first_chunk_mut() {
+            write_message(header, MESSAGE_RELAY, path, counter);
+        }
+        tunnel.send.seal_frame(counter, frame);
+        self.filler
+            .describe_train(size, size as u32, tunnel.row() as u32);
+    }
+}
+
+/// The tunnel to a hop, if it can send: directly, since no path leads through two relays.
+fn usable(tunnels: &mut TunnelView, index: u32) -> Result<Option<&Tunnel>> {
+    let tunnel = tunnels.get(index)?;
+    Ok(tunnel.filter(|it| it.state == TunnelState::Proven && it.underlay.is_some()))
 }

@@ -23,6 +23,10 @@ pub trait Fill {
     fn is_holding(&self) -> bool {
         false
     }
+    /// As `Opener::take_forwarded`.
+    fn take_forwarded(&mut self) -> bool {
+        false
+    }
 }
 
 /// The end from which the same ring is emptied.
@@ -96,6 +100,10 @@ impl Fill for Opener {
 
     fn waiting(&mut self) -> Result<u64> {
         Self::waiting(self)
+    }
+
+    fn take_forwarded(&mut self) -> bool {
+        Self::take_forwarded(self)
     }
 }
 

@@ -12,7 +12,7 @@
 use crate::aead::Key;
 use crate::counters::SPAN_MAX;
 use crate::filler::Filler;
-use crate::header::{write_message, HEADER_BYTES, OVERHEAD_BYTES, TAG_BYTES};
+use crate::header::{write_message, HEADER_BYTES, MESSAGE_IP, OVERHEAD_BYTES, TAG_BYTES};
 use crate::segment::Cut;
 
 /// Packets of a run. Of two workers that send to one peer each may then be one run behind the other.
@@ -36,7 +36,7 @@ impl Target<'_> {
     fn seal(&self, number: usize, out: &mut [u8], size: usize) {
         let counter = self.first + number as u64;
         if let Some((header, rest)) = out.split_first_chunk_mut::<HEADER_BYTES>() {
-            write_message(header, self.remote_index, counter);
+            write_message(header, MESSAGE_IP, self.remote_index, counter);
             self.key
                 .seal_in_place(counter, header, &mut rest[..size + TAG_BYTES]);
         }

@@ -22,6 +22,7 @@ use crate::header::OVERHEAD_BYTES;
 use crate::ip::parse_flow;
 use crate::outlet::{Need, Outcome, Outlet};
 use crate::peers::PeerView;
+use crate::relays::{Path, RelayView};
 use crate::runs::{self, Payload, PlainRun};
 use crate::segment::{complete, Cut};
 use crate::stats::StatsPage;
@@ -36,6 +37,8 @@ pub struct Shared {
     pub tunnels: TunnelView,
     /// Verdicts.
     pub flows: FlowView,
+    /// Paths through relays.
+    pub relays: RelayView,
     /// This reader's share.
     pub traffic: Traffic,
     /// To control.
@@ -58,6 +61,17 @@ struct Super {
     len: usize,
     first: usize,
     cut: Cut,
+}
+
+/// What has become of the run of plain packets.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Settled {
+    /// It is gone, or there was none: the arena is free.
+    Free,
+    /// As `Free`, but what was read behind it is in the arena now.
+    Moved,
+    /// It is to be held back.
+    Held,
 }
 
 /// The outbound half of a reader.
@@ -149,6 +163,28 @@ impl Sealer {
     /// As `api.Sealer.waiting`.
     pub fn waiting(&mut self) -> Result<u64> {
         self.outlet.filler.waiting()
+    }
+
+    /// What the two halves share.
+    pub fn shared(&self) -> Rc<RefCell<Shared>> {
+        Rc::clone(&self.shared)
+    }
+
+    /// As `Outlet::forward`, for the other half of the reader, which has `shared` in hand. Publish it at the end.
+    pub fn forward(
+        &mut self,
+        shared: &mut Shared,
+        path: &Path,
+        next: u32,
+        content: &[u8],
+        now_ms: u64,
+    ) -> Result<bool> {
+        self.outlet.forward(shared, path, next, content, now_ms)
+    }
+
+    /// Publish what was forwarded.
+    pub fn publish(&mut self) {
+        self.outlet.filler.flush();
     }
 
     /// Superpackets that were sealed where they were read to, without a copy; only grows.
@@ -306,12 +342,24 @@ impl Sealer {
         self.queue.expect(&cut);
         let at = self.queue.at;
         // The run before it has its room in this area, in front of the places.
-        let is_free = self.seal_plain(shared, now_us)?;
+        let settled = self.seal_run(shared, Some(it), now_us)?;
+        if settled == Settled::Moved {
+            let first = 0;
+            let it = Super {
+                peer,
+                at,
+                len,
+                first,
+                cut,
+            };
+            self.take_super(shared, it, now_us)?;
+            return Ok(counts);
+        }
         debug_assert_eq!(self.outlet.filler.area(), it.area);
         debug_assert!(self.outlet.filler.at <= it.base);
         self.queue.at = at;
         let mut outcome = Outcome::Held;
-        if is_free {
+        if settled == Settled::Free {
             let before = std::mem::replace(&mut self.outlet.filler.at, it.base);
             let need = Need {
                 peer,
@@ -348,6 +396,10 @@ impl Sealer {
                 self.queue.linearise(it, self.outlet.filler.data());
                 self.send_up(shared, Reason::NoTunnel, (&cut, 0, cut.count), len, now_us)?;
             }
+            Outcome::Relayed => {
+                self.queue.linearise(it, self.outlet.filler.data());
+                self.seal_relayed(shared, peer, (&cut, 0, cut.count), len, now_us)?;
+            }
         }
         self.queue.at = 0;
         Ok(counts)
@@ -381,6 +433,18 @@ impl Sealer {
     /// Seal the run of plain packets, if there is one; false when it is to be held back. Then the arena is as it was,
     /// else free.
     fn seal_plain(&mut self, shared: &mut Shared, now_us: u64) -> Result<bool> {
+        Ok(self.seal_run(shared, None, now_us)? == Settled::Free)
+    }
+
+    /// As `seal_plain`. `behind` was read to its places behind the run's; if the run needs more room than it was
+    /// thought to, that is moved to the arena first, behind the run there.
+    fn seal_run(
+        &mut self,
+        shared: &mut Shared,
+        behind: Option<&Scatter>,
+        now_us: u64,
+    ) -> Result<Settled> {
+        let mut settled = Settled::Free;
         if !self.run.is_empty() {
             let Self {
                 run, queue, outlet, ..
@@ -395,7 +459,7 @@ impl Sealer {
                 run.seal(queue.arena(), filler, target);
             })?;
             match outcome {
-                Outcome::Held => return Ok(false),
+                Outcome::Held => return Ok(Settled::Held),
                 Outcome::Sealed | Outcome::Dropped => {}
                 Outcome::NoTunnel => {
                     for packet in run.packets(queue.arena()) {
@@ -404,11 +468,20 @@ impl Sealer {
                             .plain(Reason::NoTunnel, packet, now_us / 1000)?;
                     }
                 }
+                Outcome::Relayed => {
+                    if let Some(it) = behind {
+                        queue.linearise(it, outlet.filler.data());
+                        settled = Settled::Moved;
+                    }
+                    for packet in run.packets(queue.arena()) {
+                        relay(outlet, shared, run.peer, packet, now_us)?;
+                    }
+                }
             }
             run.clear();
         }
         self.queue.at = 0;
-        Ok(true)
+        Ok(settled)
     }
 
     /// Seal a superpacket in the arena, or what is left of it, or keep it. Nothing is before it.
@@ -436,6 +509,10 @@ impl Sealer {
                     self.waiting = Some(Waiting::Super(it));
                     return Ok(());
                 }
+                Outcome::Relayed => {
+                    self.queue.at = it.at;
+                    self.seal_relayed(shared, it.peer, (cut, first, count), it.len, now_us)?;
+                }
                 Outcome::NoTunnel => {
                     self.queue.at = it.at;
                     self.send_up(
@@ -450,6 +527,23 @@ impl Sealer {
             it.first += count;
         }
         self.queue.at = 0;
+        Ok(())
+    }
+
+    /// Seal packets (from which on, how many) of the superpacket at `queue.at` for a peer behind a relay.
+    fn seal_relayed(
+        &mut self,
+        shared: &mut Shared,
+        peer: u64,
+        (cut, first, count): (&Cut, usize, usize),
+        len: usize,
+        now_us: u64,
+    ) -> Result<()> {
+        let whole = self.queue.last(len);
+        for number in first..first + count {
+            let size = cut.write_one(whole, number, &mut self.single);
+            relay(&mut self.outlet, shared, peer, &self.single[..size], now_us)?;
+        }
         Ok(())
     }
 
@@ -470,6 +564,21 @@ impl Sealer {
         }
         Ok(())
     }
+}
+
+/// Seal a packet for a peer behind a relay, or see to it that it goes elsewhere.
+fn relay(
+    outlet: &mut Outlet,
+    shared: &mut Shared,
+    peer: u64,
+    packet: &[u8],
+    now_us: u64,
+) -> Result<()> {
+    let now_ms = now_us / 1000;
+    if outlet.seal_relayed(shared, peer, packet, now_ms)? == Outcome::NoTunnel {
+        shared.upcalls.plain(Reason::NoTunnel, packet, now_ms)?;
+    }
+    Ok(())
 }
 
 /// How many packets a superpacket of `len` bytes stands for, and their bytes.

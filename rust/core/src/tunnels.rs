@@ -124,6 +124,8 @@ pub struct Tunnel {
     pub peer: u64,
     /// Where the peer is reached; None if that is not known.
     pub underlay: Option<UdpAddr>,
+    /// Local index of the path by which the peer is reached while `underlay` is None; 0 for none.
+    pub relay: u32,
     /// What it may send from.
     pub sources: Sources,
     /// Of the row.
@@ -185,6 +187,7 @@ impl Fields {
             owner: self.row.owner,
             peer: self.row.peer,
             underlay: self.underlay,
+            relay: self.row.relay,
             sources: self.sources,
             generation: self.row.generation,
             sequence,

@@ -35,13 +35,14 @@ pub enum Reason {
     Moved = 6,
     Datagram = 7,
     UnknownIndex = 8,
+    Relayed = 9,
 }
 
 /// How a datagram came: `api.Arrival`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub struct Arrival {
-    pub source: UdpAddr,
+    pub source: Option<UdpAddr>,
     pub kind: u8,
     pub subtype: u8,
     pub at_ms: u64,
@@ -66,25 +67,29 @@ fn record(at_ms: u64, arrival: Option<&Arrival>, local_index: u32) -> [u8; RECOR
     record[..8].copy_from_slice(&at_ms.to_le_bytes());
     record[8..12].copy_from_slice(&local_index.to_le_bytes());
     if let Some(it) = arrival {
-        record[12..14].copy_from_slice(&it.source.port.to_le_bytes());
-        record[14] = it.source.family;
         record[16] = it.kind;
         record[17] = it.subtype;
-        record[20..24].copy_from_slice(&it.source.scope.to_le_bytes());
-        record[24..].copy_from_slice(&it.source.ip);
+        if let Some(source) = it.source {
+            record[12..14].copy_from_slice(&source.port.to_le_bytes());
+            record[14] = source.family;
+            record[20..24].copy_from_slice(&source.scope.to_le_bytes());
+            record[24..].copy_from_slice(&source.ip);
+        }
     }
     record
 }
 
-/// Parse what stands in front of a packet that another reader, or control, hands over: where it came from.
-pub fn parse_record(record: &[u8]) -> Result<(Option<UdpAddr>, &[u8])> {
+/// Parse what stands in front of a packet that another reader, or control, hands over: the path in whose frame it
+/// came, or 0, and where it came from.
+pub fn parse_record(record: &[u8]) -> Result<(u32, Option<UdpAddr>, &[u8])> {
     let Some((head, packet)) = record.split_first_chunk::<RECORD_BYTES>() else {
         let expected = format!("{RECORD_BYTES} or more");
         return Err(impossible("length of a record", record.len(), expected));
     };
+    let path = u32::from_le_bytes([head[8], head[9], head[10], head[11]]);
     let mut ip = [0; 16];
     let (length, family) = match head[14] {
-        0 => return Ok((None, packet)),
+        0 => return Ok((path, None, packet)),
         4 => (4, 4),
         6 => (16, 6),
         found => return Err(impossible("address family", found, "0, 4 or 6")),
@@ -97,7 +102,7 @@ pub fn parse_record(record: &[u8]) -> Result<(Option<UdpAddr>, &[u8])> {
         port: u16::from_le_bytes([head[12], head[13]]),
         scope: if family == 6 { scope } else { 0 },
     };
-    Ok((Some(source), packet))
+    Ok((path, Some(source), packet))
 }
 
 /// What no reader writes.
@@ -152,6 +157,7 @@ pub struct Upcalls {
     no_tunnel: Buckets,
     datagrams: Buckets,
     unknown: Buckets,
+    relayed: Buckets,
 }
 
 impl Upcalls {
@@ -166,6 +172,7 @@ impl Upcalls {
             no_tunnel: Buckets::new(limits.plain, 1),
             datagrams: Buckets::new(limits.datagrams, 1),
             unknown: Buckets::new(limits.unknown, 1),
+            relayed: Buckets::new(limits.per_tunnel, ROWS_MAX),
         }
     }
 
@@ -195,6 +202,17 @@ impl Upcalls {
         }
         let record = record(arrival.at_ms, Some(arrival), 0);
         self.push(reason, 0, &record, datagram)
+    }
+
+    /// Hand over a datagram that came in a frame of this path, or count why not.
+    pub fn relayed(&mut self, arrival: &Arrival, path: u32, datagram: &[u8]) -> Result<()> {
+        let row = (path & ROW_MASK) as usize;
+        if !self.relayed.try_take(row, arrival.at_ms) {
+            self.stats.add(self.stats.slots.upcalls_limited, 1);
+            return Ok(());
+        }
+        let record = record(arrival.at_ms, Some(arrival), path);
+        self.push(Reason::Relayed, 0, &record, datagram)
     }
 
     /// Hand over the content of an authentic message, or count why not.
@@ -263,15 +281,22 @@ impl Strangers {
         }
     }
 
-    /// Hand a datagram to the reader that owns it, or count why not.
-    pub fn push(&mut self, owner: u16, arrival: &Arrival, datagram: &[u8]) -> Result<()> {
+    /// Hand a datagram, perhaps out of a frame of `path`, to its tunnel's reader, or count why not.
+    pub fn push(
+        &mut self,
+        owner: u16,
+        arrival: &Arrival,
+        datagram: &[u8],
+        path: u32,
+    ) -> Result<()> {
         let size_bytes = RECORD_BYTES + datagram.len();
         let outlet = self.outlets.iter_mut().find(|(each, _)| *each == owner);
         if let Some((_, outlet)) = outlet {
             if size_bytes <= outlet.filler.room_bytes()
                 && outlet.filler.try_room(size_bytes, 1, 1)?
             {
-                outlet.put(&record(arrival.at_ms, Some(arrival), 0), datagram, 0, 0);
+                let record = record(arrival.at_ms, Some(arrival), path);
+                outlet.put(&record, datagram, 0, 0);
                 self.stats.add(self.stats.slots.strangers, 1);
                 return Ok(());
             }

@@ -42,7 +42,7 @@ const IPV6: UdpAddr = UdpAddr {
 
 fn arrival(source: UdpAddr, at_ms: u64) -> Arrival {
     Arrival {
-        source,
+        source: Some(source),
         kind: 1,
         subtype: 2,
         at_ms,
@@ -178,7 +178,7 @@ fn a_packet_of_the_local_stacks_came_from_nowhere() {
     assert_eq!((reason, row), (2, 0));
     assert_eq!(bytes[..8], 77_u64.to_le_bytes());
     assert_eq!(bytes[8..RECORD_BYTES], [0; 32]);
-    assert_eq!(parse_record(&bytes), Ok((None, &b"ip"[..])));
+    assert_eq!(parse_record(&bytes), Ok((0, None, &b"ip"[..])));
 }
 
 #[test]
@@ -197,7 +197,43 @@ fn a_datagram_goes_up_whole_and_says_where_it_came_from() {
     assert_eq!(taken.len(), 2);
     for ((reason, row, bytes), source) in taken.into_iter().zip([IPV4, IPV6]) {
         assert_eq!((reason, row, bytes[8]), (7, 0, 0));
-        assert_eq!(parse_record(&bytes), Ok((Some(source), &b"handshake"[..])));
+        assert_eq!(
+            parse_record(&bytes),
+            Ok((0, Some(source), &b"handshake"[..]))
+        );
+    }
+}
+
+#[test]
+fn what_came_in_a_frame_says_by_which_path_and_each_path_has_its_limit() {
+    let mut stand = Stand::new();
+    let came = Arrival {
+        source: None,
+        ..arrival(IPV4, 5)
+    };
+    for path in [
+        0x7777_0001,
+        0x7777_0001,
+        0x7777_0001,
+        0x7777_0001,
+        0x7777_0002,
+    ] {
+        stand.upcalls.relayed(&came, path, b"inside").unwrap();
+    }
+
+    let found = stand.taken();
+
+    assert_eq!(
+        stand.page.counted(),
+        [("mp.upcalls", 4), ("mp.upcalls.limited", 1)]
+    );
+    let paths = [0x7777_0001, 0x7777_0001, 0x7777_0001, 0x7777_0002];
+    assert_eq!(found.len(), paths.len());
+    for ((reason, row, bytes), path) in found.into_iter().zip(paths) {
+        assert_eq!((reason, row), (9, 0));
+        assert_eq!(parse_record(&bytes), Ok((path, None, &b"inside"[..])));
+        assert_eq!(bytes[12..16], [0; 4]);
+        assert_eq!(bytes[16..18], [1, 2], "type and subtype");
     }
 }
 
@@ -346,9 +382,13 @@ fn a_stranger_goes_to_its_owner_and_wakes_nobody_else() {
     ];
     let mut strangers = Strangers::new(producers, Rc::clone(&page.stats));
 
-    strangers.push(64, &arrival(IPV6, 5), b"datagram").unwrap();
-    strangers.push(4, &arrival(IPV6, 5), b"of nobody").unwrap();
-    strangers.push(3, &arrival(IPV6, 5), &[0; ROOM]).unwrap();
+    strangers
+        .push(64, &arrival(IPV6, 5), b"datagram", 0)
+        .unwrap();
+    strangers
+        .push(4, &arrival(IPV6, 5), b"of nobody", 0)
+        .unwrap();
+    strangers.push(3, &arrival(IPV6, 5), &[0; ROOM], 0).unwrap();
     strangers.flush();
 
     assert_eq!((first.rung(), second.rung()), (0, 1));
@@ -357,7 +397,7 @@ fn a_stranger_goes_to_its_owner_and_wakes_nobody_else() {
     assert_eq!((taken.len(), taken[0].0, taken[0].1), (1, 0, 0));
     assert_eq!(
         parse_record(&taken[0].2),
-        Ok((Some(IPV6), &b"datagram"[..]))
+        Ok((0, Some(IPV6), &b"datagram"[..]))
     );
     assert_eq!(
         page.counted(),
@@ -366,7 +406,7 @@ fn a_stranger_goes_to_its_owner_and_wakes_nobody_else() {
 
     for _ in 0..5 {
         strangers
-            .push(3, &arrival(IPV4, 5), &[0; ROOM - RECORD_BYTES])
+            .push(3, &arrival(IPV4, 5), &[0; ROOM - RECORD_BYTES], 0)
             .unwrap();
     }
     strangers.flush();
@@ -397,5 +437,5 @@ fn of_an_ipv4_source_nothing_but_its_address_and_port_is_taken() {
     let mut bytes = record(0, Some(&arrival(IPV4, 0)), 0);
     bytes[20] = 9;
     bytes[30] = 9;
-    assert_eq!(parse_record(&bytes), Ok((Some(IPV4), &b""[..])));
+    assert_eq!(parse_record(&bytes), Ok((0, Some(IPV4), &b""[..])));
 }

@@ -13,7 +13,7 @@ pub const PAGE: usize = 4096;
 pub const ROWS: usize = 64;
 
 /// As `nebula_mp.shm_stats.NAMES`, of which the order matters to nobody but the page's own readers.
-pub const NAMES: [&str; 64] = [
+pub const NAMES: [&str; 65] = [
     "mp.passes",
     "mp.cpu.us",
     "mp.tun.rx.packets",
@@ -34,6 +34,7 @@ pub const NAMES: [&str; 64] = [
     "mp.upcalls",
     "mp.upcalls.limited",
     "mp.strangers",
+    "mp.relay.forwarded",
     "mp.flows.admitted",
     "mp.flows.evicted",
     "mp.counter.span",

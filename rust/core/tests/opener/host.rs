@@ -11,7 +11,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::rc::Rc;
 
 use nebula_mp_core::aead::{Cipher, Key};
-use nebula_mp_core::counters::Traffic;
+use nebula_mp_core::counters::{SendCounters, Traffic};
 use nebula_mp_core::error::Result;
 use nebula_mp_core::filler::Filler;
 use nebula_mp_core::flows::{flow_hash, FlowView};
@@ -19,8 +19,9 @@ use nebula_mp_core::header::{HEADER_BYTES, MESSAGE, TAG_BYTES, VERSION};
 use nebula_mp_core::ip::parse_flow;
 use nebula_mp_core::opener::{Network, Offloads, Opener};
 use nebula_mp_core::peers::PeerView;
+use nebula_mp_core::relays::RelayView;
 use nebula_mp_core::ring::{Consumer, Entry, Recovery};
-use nebula_mp_core::sealer::Shared;
+use nebula_mp_core::sealer::{Sealer, Shared};
 use nebula_mp_core::segment::Cut;
 use nebula_mp_core::stats::StatsPage;
 use nebula_mp_core::sys::{self, SockAddr};
@@ -121,10 +122,14 @@ pub struct Host {
     own_flows: Memory,
     own_seen: Memory,
     peers: Memory,
+    relays: Memory,
+    send: Memory,
+    span: Memory,
     windows: Memory,
     traffic: Memory,
     stats: Memory,
     pub open: Ring,
+    seal: Ring,
     pub stranger_in: Ring,
     plan: Plan,
     upcall: Ring,
@@ -190,6 +195,10 @@ impl Host {
             own_flows: rows(b"nmp:flow", 512, BUCKETS),
             own_seen: rows(b"nmp:seen", 8, BUCKETS * 7),
             peers: rows(b"nmp:peer", 8, ROWS),
+            relays: rows(b"nmp:rela", 32, ROWS),
+            send: rows(b"nmp:send", 64, ROWS),
+            span: rows(b"nmp:span", 32, ROWS),
+            seal: Ring::small(),
             windows: rows(b"nmp:wind", 2112, ROWS),
             traffic: rows(b"nmp:traf", 64, ROWS),
             flows,
@@ -269,6 +278,7 @@ impl Host {
         let shared = Shared {
             tunnels: TunnelView::new(self.tunnels.read_only(), self.keys.read_only()).unwrap(),
             flows: flows.unwrap(),
+            relays: RelayView::new(self.relays.read_only()).unwrap(),
             traffic: Traffic::new(self.traffic.writable()).unwrap(),
             upcalls: Upcalls::new(
                 self.upcall.producer(poison),
@@ -278,6 +288,21 @@ impl Host {
             ),
             stats: Rc::clone(&stats),
         };
+        let counters = SendCounters::new(
+            self.send.writable(),
+            vec![self.span.writable()],
+            Some(0),
+            vec![self.seal.state.read_only()],
+            0,
+        );
+        let outbound = Sealer::new(
+            -1, // nothing comes from the local stack here
+            Filler::new(self.seal.producer(poison)),
+            PeerView::new(self.peers.read_only()).unwrap(),
+            counters.unwrap(),
+            Rc::new(RefCell::new(shared)),
+            self.plan.offloads.tun_header(),
+        );
         let strangers = vec![(1, self.stranger_out.producer(poison), bell)];
         self.opener = Some(Opener::new(
             self.udp.as_raw_fd(),
@@ -287,7 +312,7 @@ impl Host {
             Strangers::new(strangers, stats),
             vec![self.stranger_in.consumer(Recovery::SendAgain, false)],
             self.plan.overlay.clone(),
-            Rc::new(RefCell::new(shared)),
+            Rc::new(RefCell::new(outbound)),
             self.plan.offloads,
         ));
     }

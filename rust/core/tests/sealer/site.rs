@@ -13,6 +13,7 @@ use nebula_mp_core::flows::{flow_hash, FlowView};
 use nebula_mp_core::ip::parse_flow;
 use nebula_mp_core::peers::PeerView;
 use nebula_mp_core::region::Region;
+use nebula_mp_core::relays::RelayView;
 use nebula_mp_core::ring::{Consumer, Entry, Recovery};
 use nebula_mp_core::sealer::{Sealer, Shared};
 use nebula_mp_core::stats::StatsPage;
@@ -88,6 +89,7 @@ pub struct Site {
     tunnels: Memory,
     keys: Memory,
     peers: Memory,
+    relays: Memory,
     flows: Memory,
     seen: Memory,
     /// The readers' own tables of flows, and when those last had a packet.
@@ -176,6 +178,7 @@ impl Site {
             tunnels: rows(b"nmp:tunl", 128, ROWS),
             keys: rows(b"nmp:keys", 64, ROWS),
             peers: rows(b"nmp:peer", 8, ROWS),
+            relays: rows(b"nmp:rela", 32, ROWS),
             seen: rows(b"nmp:seen", 8, BUCKETS * 7),
             send: rows(b"nmp:send", 64, ROWS),
             flows,
@@ -235,6 +238,7 @@ impl Site {
         let shared = Shared {
             tunnels: TunnelView::new(tunnels, keys).unwrap(),
             flows: FlowView::new(flows, seen, worker, peers(), Rc::clone(&stats)).unwrap(),
+            relays: RelayView::new(self.relays.read_only()).unwrap(),
             traffic: Traffic::new(self.traffic[worker].writable()).unwrap(),
             upcalls,
             stats,
