@@ -16,14 +16,13 @@ whoever goes on with an old copy does no harm: the tunnels it leads to are looke
 """
 
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
 from nebula_mp.newtypes import RelayIndex, TunnelIndex
 from nebula_mp.shm import Mapping
-from nebula_mp.shm_table import RELAY_ROW, ROWS_AT, ROWS_AT_WORD, ROWS_MAX, row_count
+from nebula_mp.shm_table import RELAY_ROW, ROWS_AT_WORD, ROWS_MAX, row_count
 
 _WORDS: Final = RELAY_ROW.size // 8
 _FIELDS = struct.Struct("<IIIII4x")  # local index, carrier, kind, next tunnel, next index
@@ -80,14 +79,6 @@ class RelayTable:
         for row in torn:
             self._store(row, _EMPTY)
         return len(torn)
-
-    def __iter__(self) -> Iterator[RelayIndex]:
-        """The indexes that are taken."""
-        for row in range(self._rows):
-            at = ROWS_AT + row * RELAY_ROW.size + _FIELDS_AT
-            index = int.from_bytes(self._data[at : at + 4], "little")
-            if index:
-                yield RelayIndex(index)
 
     def _store(self, row: int, fields: bytes) -> None:
         assert row < self._rows

@@ -53,7 +53,6 @@ def test_a_path_is_found_by_its_whole_index_alone(tables: Tables, path: RelayRow
     table.set(path)
 
     assert view.get(path.local_index) == path
-    assert list(table) == [path.local_index]
     assert view.get(path.local_index ^ 0x0001_0000) is None
     assert view.get(path.local_index ^ 1) is None
     assert view.get(0) is None
@@ -72,7 +71,6 @@ def test_a_path_changes_in_its_place_and_a_row_is_used_again(tables: Tables) -> 
     assert (view.get(TERMINAL.local_index), view.get(FORWARDING.local_index)) == (None, FORWARDING)
     table.clear(FORWARDING.local_index)
     assert view.get(FORWARDING.local_index) is None
-    assert list(table) == []
 
 
 def test_a_view_of_before_the_row_was_written_finds_it(tables: Tables) -> None:
@@ -110,7 +108,7 @@ def test_whoever_dies_while_writing_leaves_the_path_of_before_and_a_row_that_its
         after = replace(FORWARDING, local_index=TERMINAL.local_index)
         was_killed = killed_after(tables, stores, after)
 
-        found = view.get(TERMINAL.local_index)
+        found, fresh = view.get(TERMINAL.local_index), view_of(tables).get(TERMINAL.local_index)
         torn = table_of(tables).recover()
         recovered = view.get(TERMINAL.local_index)
         tables.close()
@@ -119,9 +117,21 @@ def test_whoever_dies_while_writing_leaves_the_path_of_before_and_a_row_that_its
             assert (found, torn, recovered) == (after, 0, after)
             break
         assert found == before
+        assert fresh == (before if stores == 0 else None), "whoever sees it half written has seen nothing"
         assert recovered == (before if torn == 0 else None)
         stores += 1
     assert stores >= 2, "at least before the first store, and behind it"
+
+
+def test_a_row_that_changes_while_it_is_read_is_read_again_the_next_time(tables: Tables) -> None:
+    table, view = table_of(tables), view_of(tables)
+    table.set(TERMINAL)
+    moved = replace(TERMINAL, next_index=RelayIndex(0x5555_0010))
+    # The first load is that of the sequence number; between it and the second the fields are copied.
+    watch(view, "_words", load=Countdown(1, then=lambda: table.set(moved)), store=nothing)
+
+    assert view.get(TERMINAL.local_index) is None
+    assert view.get(TERMINAL.local_index) == moved
 
 
 def test_a_kind_that_nobody_writes_is_a_contradiction(tables: Tables) -> None:

@@ -36,6 +36,7 @@ from nebula_mp.newtypes import (
 from nebula_mp.wire.header import (
     HANDSHAKE_IX,
     MESSAGE_IP,
+    MESSAGE_RELAY,
     STAGE_1_COUNTER,
     TEST_REPLY,
     TEST_REQUEST,
@@ -225,6 +226,8 @@ class Controller:
             is_reply = kind is MessageType.TEST and subtype == TEST_REPLY
             self._follow(tunnel, source, now, is_reply=is_reply)
         match kind:
+            case MessageType.MESSAGE if subtype == MESSAGE_RELAY:
+                core.outbox.drop("relay_index", source, now)  # on a candidate: no path leads through one
             case MessageType.MESSAGE:
                 self._handle_inner(tunnel, plaintext, source, now)
             case MessageType.TEST if subtype == TEST_REQUEST:

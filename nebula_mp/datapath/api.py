@@ -112,7 +112,7 @@ class Drop(StrEnum):
     TUN_OFFLOAD = "mp.tun.drop.offload"  # the header in front of it contradicts it
     REFUSED_OUT = "drop.firewall.outgoing.no_rule"  # as above
     SEAL_RING_FULL = "mp.ring.full.seal"
-    EXHAUSTED = "drop.exhausted"  # no counter: at its end, or its lock was held for more than 50 ms
+    EXHAUSTED = "drop.exhausted"  # no counter: at its end, or its lock was held too long
     # Both ways to control.
     UPCALL_LIMITED = "mp.upcalls.limited"
     UPCALL_RING_FULL = "mp.ring.full.upcall"
@@ -131,7 +131,7 @@ class UpcallReason(IntEnum):
     """Why control is asked, and so what the packet of an `Upcall` is.
 
     plain: an IP packet from the TUN device. opened: the content of an authentic message whose counter is
-    marked in the window. raw: a whole datagram, of which nothing was checked but its length.
+    marked in the window. raw: a whole datagram, of which nothing was checked but its length and type.
     """
 
     NEW_FLOW_OUT = 1  # plain; the flow table does not say where to
@@ -139,8 +139,8 @@ class UpcallReason(IntEnum):
     NEW_FLOW_IN = 3  # opened, an IP packet; the flow table does not know it as a flow of this peer
     MESSAGE = 4  # opened; anything but an IP packet: test, lighthouse, close, control
     FIRST = 5  # opened; the first authentic message on a candidate, of any type
-    MOVED = 6  # empty: an IP packet came from another address than the tunnel's, and was delivered
-    DATAGRAM = 7  # raw; a handshake, recv_error or punch, or a relay frame of an unknown path
+    MOVED = 6  # empty: an IP packet or a frame came from another address than the tunnel's, and was taken
+    DATAGRAM = 7  # raw; a handshake, recv_error or punch, or a relay frame without a path or its tunnel
     UNKNOWN_INDEX = 8  # raw; there is no tunnel of this index
     RELAYED = 9  # raw, but out of an authentic relay frame; what would be one of the two above
 
@@ -301,6 +301,8 @@ class UpcallLimits:
     # The rate bounds a flood: control answers 100 a second at most. The burst is what a peer may send on a
     # new tunnel before control has read its answer, 5 ms of 100,000 a second; a flood has it once.
     unknown: tuple[int, int] = (200, 512)
+    # As unknown, but per tunnel to a relay: behind it may be a peer who makes a new tunnel as well.
+    relayed: tuple[int, int] = (200, 512)
     moved: tuple[int, int] = (20, 5)  # per tunnel; only a notice, so nothing is lost
 
 

@@ -20,6 +20,7 @@ from nebula_mp.datapath.api import (
     encode_record,
 )
 from nebula_mp.newtypes import Buffer
+from nebula_mp.shm_relays import RelayRow
 from nebula_mp.shm_ring import Bell, Producer
 from nebula_mp.shm_stats import SLOTS, StatsPage
 
@@ -151,7 +152,7 @@ class Upcalls:
             UpcallReason.NO_TUNNEL: _Buckets(limits.plain),
             UpcallReason.DATAGRAM: _Buckets(limits.datagrams),
             UpcallReason.UNKNOWN_INDEX: _Buckets(limits.unknown),
-            UpcallReason.RELAYED: _Buckets(limits.per_tunnel),
+            UpcallReason.RELAYED: _Buckets(limits.relayed),
         }
         self._put_any = False
 
@@ -170,12 +171,12 @@ class Upcalls:
         else:
             self._push(reason, 0, encode_record(arrival, 0), datagram)
 
-    def relayed(self, arrival: Arrival, path: int, datagram: Buffer) -> None:
+    def relayed(self, arrival: Arrival, path: RelayRow, datagram: Buffer) -> None:
         """Hand over a datagram that came in a frame of this path, or count why not."""
-        if not self._others[UpcallReason.RELAYED].try_take(path & 0xFFFF, arrival.at_ms):
+        if not self._others[UpcallReason.RELAYED].try_take(path.carrier & 0xFFFF, arrival.at_ms):
             self._drops.count(Drop.UPCALL_LIMITED)
         else:
-            self._push(UpcallReason.RELAYED, 0, encode_record(arrival, path), datagram)
+            self._push(UpcallReason.RELAYED, 0, encode_record(arrival, path.local_index), datagram)
 
     def opened(self, reason: UpcallReason, arrival: Arrival, local_index: int, packet: Buffer) -> None:
         """Hand over the content of an authentic message, or count why not."""

@@ -159,7 +159,7 @@ class PythonOpener:
             self._take(batch, self._sources.get(source), now_ms)
         self._delivery.settle()
         self._filler.flush()
-        self._relaying.flush()
+        self._relaying.end_pass()
         self._upcalls.flush()
         self._strangers.flush()
         if packets:
@@ -351,6 +351,9 @@ class PythonOpener:
 
     def _handle_relayed(self, path: int, datagram: memoryview, now_ms: int) -> None:
         """See to it that what came in a frame of this path is opened, handed over or counted."""
+        if len(datagram) > DATAGRAM_BYTES_MAX:  # from another reader: no frame has room for it
+            self._drops.count(Drop.OVERSIZE)
+            return
         if len(datagram) < HEADER_BYTES:
             self._drops.count(Drop.SHORT)
             return
@@ -366,14 +369,22 @@ class PythonOpener:
         index, counter = _INDEX_AND_COUNTER.unpack_from(datagram)
         tunnel = None if kind in _NOT_OURS else self._tunnels.get(index)
         if tunnel is None:
-            self._delivery.settle()  # as above
-            self._upcalls.relayed(arrival, path, datagram)
+            self._hand_up_relayed(path, arrival, datagram)
         elif tunnel.owner != self._worker:
             self._strangers.push(tunnel.owner, arrival, datagram, path)
         elif len(datagram) < OVERHEAD_BYTES:
             self._drops.count(Drop.TRUNCATED)
         else:
             self._open(tunnel, arrival, counter, datagram)
+
+    def _hand_up_relayed(self, index: int, arrival: Arrival, datagram: memoryview) -> None:
+        """Let control see what came in a frame of this path, if that is still there."""
+        path = self._relays.get(index)
+        if path is None:
+            self._drops.count(Drop.RELAY_INDEX)
+            return
+        self._delivery.settle()  # as above
+        self._upcalls.relayed(arrival, path, datagram)
 
     def _find_window(self, tunnel: TunnelRow[Ciphers], counter: int) -> ReplayWindow | None:
         """The window of a tunnel that is ours, if it takes this counter; else it was counted why not."""

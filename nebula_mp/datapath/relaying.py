@@ -9,7 +9,11 @@ or left to its caller. Source: docs/wire-format.md, "Relay frame".
 
 The tag of a frame is over its header and the datagram, which is not encrypted once more. Counters are taken
 when there is room and before anything is sealed with them, as in `sealing`; but one by one, and regardless of
-the span: what waited here would wait together with everything that came behind it.
+the span: what waited here would wait together with everything that came behind it. For the same reason a
+counter whose lock another process has is tried for during a millisecond once in a pass, and then only once.
+
+A counter that was taken and not used seems to be in flight to other workers until the area is sent. So the
+hop's tunnel is looked at before the peer's counter is taken; if it ends in between they wait a millisecond.
 """
 
 from collections.abc import Callable
@@ -24,9 +28,16 @@ from nebula_mp.shm_counters import Refusal, SendCounters, Traffic
 from nebula_mp.shm_relays import RelayKind, RelayRow, RelayView
 from nebula_mp.shm_stats import SLOTS, StatsPage
 from nebula_mp.shm_tunnels import TunnelRow, TunnelState, TunnelView
-from nebula_mp.wire.header import HEADER_BYTES, MESSAGE_IP, MESSAGE_RELAY, MessageType, encode_header
+from nebula_mp.wire.header import (
+    COUNTER_LIMIT,
+    HEADER_BYTES,
+    MESSAGE_IP,
+    MESSAGE_RELAY,
+    MessageType,
+    encode_header,
+)
 
-_TRIES: Final = range(20)  # for the lock of a counter, each for about 50 us
+_TRIES: Final = 20  # for the lock of a counter, each for about 50 us
 _MESSAGE: Final = MessageType.MESSAGE
 _FORWARDED: Final = SLOTS["mp.relay.forwarded"]
 _BEYOND: Final = SLOTS["mp.counter.span"]
@@ -67,14 +78,16 @@ class Relaying:
         self._stats = stats
         self._drops = drops
         self._has_forwarded = False
+        self._tries = _TRIES
 
     def take_forwarded(self) -> bool:
         """Whether anything was forwarded since this was asked last."""
         forwarded, self._has_forwarded = self._has_forwarded, False
         return forwarded
 
-    def flush(self) -> None:
-        """Publish what was forwarded."""
+    def end_pass(self) -> None:
+        """Publish what was forwarded, and be patient again."""
+        self._tries = _TRIES
         if self._has_forwarded:
             self._filler.flush()
 
@@ -110,23 +123,23 @@ class Relaying:
         inner_bytes = len(packet) + OVERHEAD_BYTES
         if not self._has_room(inner_bytes + OVERHEAD_BYTES):
             return True
-        counters = []
-        for each in (tunnel, hop.tunnel):
-            counter = self._reserve(each)
-            if isinstance(counter, Refusal):
-                if counter is Refusal.GONE:
-                    return False
-                self._drops.count(Drop.EXHAUSTED)
-                return True
-            counters.append(counter)
+        refusal = self._foresee(hop.tunnel)
+        if refusal is not None:
+            return self._refuse(refusal)
+        first = self._reserve(tunnel)
+        if isinstance(first, Refusal):
+            return self._refuse(first)
         begin = self._filler.at + HEADER_BYTES
         middle, end = begin + HEADER_BYTES, begin + inner_bytes
-        header = encode_header(_MESSAGE, MESSAGE_IP, tunnel.remote_index, counters[0])
+        header = encode_header(_MESSAGE, MESSAGE_IP, tunnel.remote_index, first)
         data = self._filler.data
         data[begin:middle] = header
-        tunnel.ciphers.send.seal_into(counters[0], header, packet, data[middle:end])
+        tunnel.ciphers.send.seal_into(first, header, packet, data[middle:end])
+        counter = self._reserve(hop.tunnel)
+        if isinstance(counter, Refusal):
+            return self._refuse(counter)
         self._traffic.sent(tunnel.local_index & 0xFFFF, tunnel.generation, 1, inner_bytes, now_ms)
-        self._wrap(hop, counters[1], inner_bytes, now_ms)
+        self._wrap(hop, counter, inner_bytes, now_ms)
         return True
 
     def _usable(self, index: TunnelIndex) -> Tunnel | None:
@@ -146,14 +159,30 @@ class Relaying:
             return True
         return False
 
+    def _foresee(self, tunnel: Tunnel) -> Refusal | None:
+        """Why there would be no counter, as far as can be seen without taking one."""
+        last = self._counters.last(tunnel.local_index & 0xFFFF, tunnel.generation)
+        if last is None:
+            return Refusal.GONE
+        return Refusal.EXHAUSTED if last + 1 >= COUNTER_LIMIT else None
+
+    def _refuse(self, refusal: Refusal) -> bool:
+        """Count a packet without a counter; False, and it is not, if the tunnel ended."""
+        if refusal is Refusal.GONE:
+            return False
+        self._drops.count(Drop.EXHAUSTED)
+        return True
+
     def _reserve(self, tunnel: Tunnel) -> int | Refusal:
         counters, row = self._counters, tunnel.local_index & 0xFFFF
         beyond = counters.beyond_span
-        for _ in _TRIES:
+        for _ in range(self._tries):
             counter = counters.reserve(row, tunnel.generation, 1, self._area(), regardless=True)
             if counter is not Refusal.BUSY:
                 break
+        else:
             self._stats.add(_BUSY)
+            self._tries = 1
         if counters.beyond_span != beyond:
             self._stats.add(_BEYOND, counters.beyond_span - beyond)
         return counter

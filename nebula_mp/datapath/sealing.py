@@ -150,6 +150,7 @@ class PythonSealer:
         if self._runs and self._held_since is None:
             self._seal_runs(now)
         self._filler.flush()
+        self._relaying.end_pass()
         self._upcalls.flush()
         if taken:
             self._stats.add_traffic(_PACKETS, taken, size_bytes)

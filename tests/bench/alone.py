@@ -2,12 +2,14 @@
 
     tx: recorded packets -> TUN device -> reader (and writer) -> UDP -> veth, whose other end drops them
     rx: recorded datagrams -> UDP -> reader (and writer) -> TUN device -> forwarded to that veth
+    relay: recorded relay frames -> UDP -> reader (and writer) -> UDP -> that veth
 
 The load is sealed or built beforehand and sent with `sendmmsg`, a limited number of packets ahead of the node:
 so as good as nothing is lost, nothing but the node seals or opens, and a slow node is not kept busy dropping. The
 node's processes are the program's, with real shared memory, device and socket; only control is missing, which
 has nothing to do once a flow is known. Prints packets/s, Gbit/s of inner packets and microseconds of CPU a
 packet, medians of interleaved rounds; `--json` keeps every sample. docs/performance.md says what follows.
+Without `--roles`: tx and rx.
 
 Shapes: UDP packets of 64, 512 and 1300 bytes and a mix of 7 x 64, 4 x 576 and 1 x 1300 (`imix`), of 32 flows in
 turn, so that none can be joined; `tcp`: one flow's superpackets of 49 packets of 1300 bytes. Datagrams come in
@@ -36,18 +38,18 @@ from pyroute2 import IPRoute
 
 from nebula_mp import netlink
 from nebula_mp.config.model import DrainMode, Offloads, TunConfig
-from nebula_mp.crypto.aead import Aead
 from nebula_mp.datapath import kernels
 from nebula_mp.datapath.api import Drop
 from nebula_mp.datapath.drains import TRAIN_BYTES_IPV4, TRAIN_LENGTHS
 from nebula_mp.ioctl_tun import TunDevice
-from nebula_mp.newtypes import Cipher, Counter, UdpAddr
-from nebula_mp.shm import HEADER_BYTES
+from nebula_mp.newtypes import RelayIndex, TunnelIndex, UdpAddr
+from nebula_mp.shm import HEADER_BYTES, Mapping
+from nebula_mp.shm_relays import RelayKind, RelayRow, RelayTable
 from nebula_mp.shm_stats import SLOTS
-from nebula_mp.wire.header import Header, MessageType
+from nebula_mp.shm_table import RELAYS
 from nebula_mp.workers.parts import ReaderParts, Role, WriterParts
 from tests.bench.replay import Message, Recording, Replay, trains
-from tests.datapath.sites import FAR, INDEX_NEAR, KEY_IN, KEY_OUT, NEAR, address_of, connect
+from tests.datapath.sites import FAR, INDEX_NEAR, KEY_IN, KEY_OUT, NEAR, address_of, connect, frame, message
 from tests.datapath.superpackets import TIMESTAMPS
 from tests.support.packets import TCP, UDP, checksum, ip, ipv4, tcp, udp
 from tests.support.private_net import private_network
@@ -70,6 +72,10 @@ _DONT_FRAGMENT: Final = 0x4000
 SINK: Final = IPv4Address("192.0.2.2")
 DEVICE, NEAR_END, FAR_END = "nmpalone0", "nmpalone1", "nmpalone2"
 _NOBODY: Final = "02:00:00:00:00:01"
+NEXT: Final = TunnelIndex(0x0D0D_000C)
+PASSES: Final = RelayRow(
+    RelayIndex(0x7B7B_0004), INDEX_NEAR, RelayKind.FORWARDING, NEXT, RelayIndex(0x7C7C_0011)
+)
 _IMIX: Final = (64,) * 7 + (576,) * 4 + (MTU,)
 
 
@@ -141,17 +147,18 @@ def outbound(shape: Shape) -> list[Message]:
     return [Message(virtio + bytes(whole), SUPERPACKET)] * 64
 
 
-def inbound(shape: Shape, *, train: int) -> list[Message]:
-    """What the far host sends: sealed, each under a counter of its own."""
+def inbound(shape: Shape, *, train: int, framed: bool) -> list[Message]:
+    """What the far host sends: sealed, each under a counter of its own; `framed`: in frames for another one."""
     packets = shape.packets(back=True)
     mean = sum(map(len, packets)) / len(packets)
     count = min(RECORDED_MAX, int(RECORDED_BYTES / mean))
-    aead = Aead(Cipher.AES, KEY_IN)
 
     def datagrams() -> Iterator[bytes]:
         for counter, packet in enumerate(itertools.islice(itertools.cycle(packets), count), 3):
-            header = Header(MessageType.MESSAGE, 0, INDEX_NEAR, Counter(counter)).encode()
-            yield header + aead.seal(counter, header, packet)
+            if framed:  # what is inside is nothing to the relay: any 32 bytes more will do
+                yield frame(counter, packet + bytes(32), PASSES.local_index)
+            else:
+                yield message(counter, packet)
 
     most = min(train, SUPERPACKET if shape.joined else TRAIN_LENGTHS[0])
     return trains(datagrams(), most=most, limit_bytes=TRAIN_BYTES_IPV4)
@@ -205,6 +212,14 @@ class AloneRig(Rig):
     def writer_parts(self, worker: int = 0) -> WriterParts:
         return replace(super().writer_parts(worker), offloads=self._network.offloads)
 
+    def add_next(self) -> None:
+        """Be the relay of a path from the far host to the sink."""
+        site, peer = self.site, self.site.peers.add()
+        assert peer is not None
+        there = UdpAddr(SINK, 4242)
+        site.tunnels.open(replace(site.fields, local_index=NEXT, peer=peer, underlay=there), KEY_OUT, KEY_IN)
+        RelayTable(Mapping(site.tables.relays.descriptor, RELAYS, writable=True)).set(PASSES)
+
     def reopen(self) -> None:
         """Have the tunnel anew, with a window that has seen nothing."""
         site = self.site
@@ -244,6 +259,8 @@ def measure(case: Case, network: Network, messages: list[Message], span_s: float
         is_tx = case.role == "tx"
         far = UdpAddr(SINK, 4242) if is_tx else address_of(rig.site.far)
         connect(rig.site, far)
+        if case.role == "relay":
+            rig.add_next()
         shape = SHAPES[case.shape]
         rig.site.allow(*dict.fromkeys(shape.packets(back=False)))
         rig.site.allow(*dict.fromkeys(shape.packets(back=True)), inbound=True)
@@ -252,7 +269,7 @@ def measure(case: Case, network: Network, messages: list[Message], span_s: float
         assert soon(lambda: all(rig.count("mp.passes", role) for role in case.processes)), rig.log_text()
         counters = (
             ("mp.udp.tx.packets", Drop.SEAL_RING_FULL)
-            if is_tx
+            if case.role != "rx"
             else ("mp.tun.tx.packets", Drop.OPEN_RING_FULL)
         )
         # A writer that gets no processor for a while leaves no room; what is dropped then is not waited for.
@@ -347,7 +364,7 @@ def summary(case: Case, samples: list[Sample]) -> dict[str, Any]:
 def report(found: list[dict[str, Any]]) -> None:
     """Print a table."""
     print(
-        f"{'kernel':8}{'role':5}{'shape':6}{'drain':8}{'kpps':>8}{'Gbit/s':>8}{'reader us':>10}"
+        f"{'kernel':8}{'role':6}{'shape':6}{'drain':8}{'kpps':>8}{'Gbit/s':>8}{'reader us':>10}"
         f"{'writer us':>10}{'busy':>12}{'kpps/core':>11}{'lost':>6}"
     )
     for row in found:
@@ -355,7 +372,7 @@ def report(found: list[dict[str, Any]]) -> None:
         writer = f"{cpu[1]:10.3f}" if len(cpu) > 1 else f"{'':10}"
         shares = " ".join(f"{each:.0%}" for each in busy)
         print(
-            f"{row['kernel']:8}{row['role']:5}{row['shape']:6}{row['drain']:8}"
+            f"{row['kernel']:8}{row['role']:6}{row['shape']:6}{row['drain']:8}"
             f"{row['packets_per_s'] / 1e3:8.0f}{row['gbit_per_s']:8.2f}{cpu[0]:10.3f}{writer}{shares:>12}"
             f"{row['packets_per_s_of_a_whole_core_each'] / 1e3:11.0f}{row['lost']:6}"
         )
@@ -367,7 +384,7 @@ def main() -> None:
     )
     installed = [kernels.PYTHON, *([kernels.RUST] if kernels.is_installed() else [])]
     parser.add_argument("--kernels", nargs="+", choices=installed, default=installed)
-    parser.add_argument("--roles", nargs="+", choices=("tx", "rx"), default=["tx", "rx"])
+    parser.add_argument("--roles", nargs="+", choices=("tx", "rx", "relay"), default=["tx", "rx"])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--drains", nargs="+", choices=("reader", "writer"), default=["reader", "writer"])
     parser.add_argument("--train", type=int, default=TRAIN_LENGTHS[0], help="most datagrams received at once")
@@ -383,7 +400,9 @@ def main() -> None:
         for kernel in chosen.kernels
     ]
     loads = {
-        (role, shape): outbound(SHAPES[shape]) if role == "tx" else inbound(SHAPES[shape], train=chosen.train)
+        (role, shape): outbound(SHAPES[shape])
+        if role == "tx"
+        else inbound(SHAPES[shape], train=chosen.train, framed=role == "relay")
         for role in chosen.roles
         for shape in chosen.shapes
     }

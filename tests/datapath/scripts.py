@@ -72,7 +72,12 @@ OFFLOADS: Final = [
 ]
 MOVES: Final = replace(UNLIMITED, moved=(10**6, 10**6))
 LIMITED: Final = UpcallLimits(
-    per_tunnel=(1000, 20), plain=(1000, 10), datagrams=(500, 5), unknown=(250, 7), moved=(10**6, 10**6)
+    per_tunnel=(1000, 20),
+    plain=(1000, 10),
+    datagrams=(500, 5),
+    unknown=(250, 7),
+    relayed=(200, 9),
+    moved=(10**6, 10**6),
 )
 
 # Where flows of these ports end: with a peer, with none of this gateway's, refused, or with control.
@@ -500,7 +505,7 @@ class Dice:
         path = dice.choice(FRAMED)
         index, key = (INDEX_OTHER, KEY_IN[::-1]) if path == PATH_BACK else (INDEX_NEAR, KEY_IN)
         found = []
-        for packet in self._packets():
+        for packet in self._packets(BEHIND_PORTS if dice.random() < 0.7 else None):
             self._counters[INDEX_BEHIND] += dice.choice([1] * 20 + [0, -3, 70])
             number = max(3, self._counters[INDEX_BEHIND])
             inside = dice.choice([INDEX_BEHIND] * 10 + [INDEX_NOWHERE])
@@ -517,13 +522,15 @@ class Dice:
         self._sent = (self._sent + found)[-200:]
         return found[:whole]
 
-    def _packets(self) -> list[bytes]:
-        """Of one size, of a few flows, the last perhaps shorter."""
+    def _packets(self, ports: tuple[int, int] | None = None) -> list[bytes]:
+        """Of one size, of a few flows, or of that with these ports, the last perhaps shorter."""
         dice = self._dice
         total = dice.choice([73, 90, 91, 576, 1300, 1300, 1300])
         found: list[bytes] = []
         for _ in range(dice.randint(1, 3)):
             plan = self._plan(1, 1)
+            if ports is not None:
+                plan = replace(plan, ports=ports)
             size = total - plan.header_bytes
             plan = replace(plan, size=size, payload=self._payload(size * dice.randint(1, 16)))
             found += plan.packets()

@@ -46,7 +46,11 @@ from tests.support.packets import UDP, ip, udp
 
 OVERLAY = (IPv4Network("10.9.0.0/16"),)
 UNLIMITED = UpcallLimits(
-    per_tunnel=(10**6, 10**6), plain=(10**6, 10**6), datagrams=(10**6, 10**6), unknown=(10**6, 10**6)
+    per_tunnel=(10**6, 10**6),
+    plain=(10**6, 10**6),
+    datagrams=(10**6, 10**6),
+    unknown=(10**6, 10**6),
+    relayed=(10**6, 10**6),
 )
 DROPS = {drop.value for drop in Drop}
 ROWS = 64

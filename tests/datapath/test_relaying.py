@@ -6,14 +6,26 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import pytest
 
 from nebula_mp.crypto.aead import Aead
-from nebula_mp.datapath.api import FORWARDED, HOLDING, Drop, Half, UpcallReason
-from nebula_mp.newtypes import Cipher, Counter, RelayIndex, TunnelIndex
+from nebula_mp.datapath.api import (
+    DATAGRAM_BYTES_MAX,
+    FORWARDED,
+    HOLDING,
+    Arrival,
+    Drop,
+    Half,
+    Kernel,
+    UpcallReason,
+    encode_record,
+)
+from nebula_mp.newtypes import Cipher, Counter, RelayIndex, TunnelIndex, UdpAddr
+from nebula_mp.shm_counters import SPAN_MAX, Refusal, SendCounters
 from nebula_mp.shm_relays import RelayKind, RelayRow, RelayTable
 from nebula_mp.shm_ring import Bell
 from nebula_mp.shm_table import RELAYS, PeerRef
@@ -40,9 +52,10 @@ from tests.datapath.sites import (
     store_counter,
 )
 from tests.datapath.superpackets import TIMESTAMPS, Plan
-from tests.support.native import PYTHON, RUST, named
+from tests.support import rings
+from tests.support.native import PYTHON, RUST, named, python_only
 from tests.support.packets import TCP
-from tests.support.tables import writable
+from tests.support.tables import control_counters, writable
 
 pytestmark = pytest.mark.usefixtures("kernel")
 
@@ -284,20 +297,21 @@ def test_messages_and_new_flows_go_up_opened_and_without_an_address(end: Site) -
     end.check_ledger()
 
 
-def test_upcalls_are_limited_by_path(make_site: MakeSite) -> None:
-    site = make_site(limits=replace(UNLIMITED, per_tunnel=(1000, 2)))
+def test_upcalls_are_limited_by_the_tunnel_to_the_relay(make_site: MakeSite) -> None:
+    site = make_site(limits=replace(UNLIMITED, relayed=(1000, 2)))
     connect(site)
     table = paths_of(site)
     table.set(TERMINAL)
     table.set(replace(TERMINAL, local_index=RelayIndex(ENDS + 1)))
+    table.set(replace(TERMINAL, local_index=RelayIndex(ENDS + 2), carrier=NEXT))
+    add_peer(site, NEXT, (KEY_NEXT, KEY_NEXT))
     hello = Header(MessageType.HANDSHAKE, 0, TunnelIndex(0), Counter(1)).encode()
-    for number in range(4):
-        deliver(site, frame(3 + number, hello))
-    deliver(site, frame(7, hello, path=ENDS + 1))
+    deliver(site, frame(3, hello), frame(4, hello, path=ENDS + 1), frame(5, hello), frame(6, hello))
+    deliver(site, frame(3, hello, path=ENDS + 2, key=KEY_NEXT))
 
     site.reader().opener.poll(100)
 
-    assert [each.local_index for each in site.upcalls()] == [ENDS, ENDS, ENDS + 1]
+    assert [each.local_index for each in site.upcalls()] == [ENDS, ENDS + 1, ENDS + 2]
     assert site.drops() == {Drop.UPCALL_LIMITED: 2}
 
 
@@ -328,6 +342,18 @@ def test_the_relay_that_sends_from_elsewhere_has_moved_and_the_peer_has_not(end:
         assert (moved.reason, moved.local_index) == (UpcallReason.MOVED, INDEX_NEAR)
         assert moved.source == address_of(elsewhere)
     assert end.received() == [packet(0, back=True)]
+
+
+def test_a_peer_with_an_address_whose_packet_comes_in_a_frame_has_not_moved(end: Site) -> None:
+    end.allow(packet(0, back=True), inbound=True)
+    fields = end.tunnels.fields(BEHIND)
+    assert fields is not None
+    end.tunnels.update(replace(fields, underlay=UdpAddr(ip_address("192.0.2.77"), 4242)))
+    deliver(end, frame(5, inner(9, packet(0, back=True))))
+    end.reader().opener.poll(100)
+    end.write()
+    assert end.received() == [packet(0, back=True)]
+    assert end.upcalls() == []
 
 
 def test_the_first_message_of_a_relay_on_a_candidate_goes_up(end: Site) -> None:
@@ -524,6 +550,7 @@ def unwrapped(datagrams: list[bytes]) -> list[tuple[Header, Header, bytes]]:
 
 def test_a_packet_for_a_peer_behind_a_relay_leaves_in_a_frame_to_the_relay(end: Site) -> None:
     end.allow(packet(0))
+    store_counter(end, BEHIND & 0xFFFF, 499)
     sent = [packet(0), packet(1), packet(2, 30)]
     for each in sent:
         end.inside.send(each)
@@ -535,7 +562,7 @@ def test_a_packet_for_a_peer_behind_a_relay_leaves_in_a_frame_to_the_relay(end: 
     assert [each for _, _, each in found] == sent
     for number, (outside, inside, _) in enumerate(found):
         assert outside == Header(MessageType.MESSAGE, 1, TunnelIndex(BEYOND), Counter(3 + number))
-        assert inside == Header(MessageType.MESSAGE, 0, BEHIND_REMOTE, Counter(3 + number))
+        assert inside == Header(MessageType.MESSAGE, 0, BEHIND_REMOTE, Counter(500 + number))
     size = sum(map(len, sent))
     assert packets_and_bytes(end, BEHIND) == (0, 0, 3, size + 3 * 32)
     assert packets_and_bytes(end, INDEX_NEAR) == (0, 0, 3, size + 3 * 64)
@@ -636,6 +663,36 @@ def test_without_a_counter_of_either_tunnel_it_is_counted(end: Site, index: Tunn
     end.check_ledger()
 
 
+@pytest.mark.parametrize("index", [INDEX_NEAR, BEHIND])
+def test_a_tunnel_whose_counters_another_one_has_already_is_gone(end: Site, index: TunnelIndex) -> None:
+    """Control closes the counters before the row, so that a reader that still has the row gets none."""
+    end.allow(packet(0))
+    reader = end.reader()
+    end.inside.send(packet(0))
+    assert reader.sealer.poll(100) == 1
+    assert len(end.sealed()) == 1
+    control_counters(end.tables).close(index & 0xFFFF)
+
+    end.inside.send(packet(1))
+    reader.sealer.poll(100)
+
+    assert [(each.reason, each.packet) for each in end.upcalls()] == [(UpcallReason.NO_TUNNEL, packet(1))]
+    assert end.sealed() == []
+    assert end.drops() == {}
+
+
+def test_so_is_the_next_tunnel_of_a_frame(middle: Middle) -> None:
+    site, _ = middle
+    reader = site.reader()
+    deliver(site, frame(5, b"one", path=PASSES))
+    reader.opener.poll(100)
+    control_counters(site.tables).close(NEXT & 0xFFFF)
+    deliver(site, frame(6, b"two", path=PASSES))
+    reader.opener.poll(100)
+    assert site.drops() == {Drop.RELAY_INDEX: 1}
+    assert len(site.sealed()) == 1
+
+
 # ---- several readers ----
 
 
@@ -681,6 +738,109 @@ def test_what_was_handed_over_and_has_no_tunnel_any_more_goes_up_with_its_path(s
     (upcall,) = shared.upcalls(1)
     assert (upcall.reason, upcall.local_index, upcall.source) == (UpcallReason.RELAYED, ENDS, None)
     assert upcall.packet == content
+
+
+def test_what_was_handed_over_by_a_path_that_is_gone_leads_nowhere(shared: Site) -> None:
+    readers = [shared.reader(each) for each in range(2)]
+    deliver(shared, frame(5, inner(9, packet(0, back=True))))
+    readers[0].opener.poll(100)
+    shared.tunnels.close(BEHIND)
+    paths_of(shared).clear(ENDS)
+
+    readers[1].opener.poll(100)
+
+    assert shared.upcalls(1) == []
+    assert shared.drops() == {Drop.RELAY_INDEX: 1}
+
+
+@pytest.mark.parametrize("kind", [MessageType.MESSAGE, MessageType.TEST])
+def test_what_a_reader_gone_mad_hands_over_is_not_too_large(shared: Site, kind: MessageType) -> None:
+    content = inner(9, bytes(DATAGRAM_BYTES_MAX), kind=kind)
+    producer = rings.produce(shared.stranger[0, 1])
+    assert producer.try_begin()
+    assert producer.try_add(encode_record(Arrival(None, kind, 0, 5), ENDS) + content, 0)
+    producer.publish()
+
+    shared.reader(1).opener.poll(100)
+
+    assert shared.drops() == {Drop.OVERSIZE: 1}
+
+
+def test_frames_do_not_wait_for_another_worker_and_it_is_counted(shared: Site) -> None:
+    """Neither those that go on nor those of our own, of whichever of the two tunnels it is."""
+    shared.allow(packet(0))
+    paths_of(shared).set(FORWARDING)
+    add_peer(shared, NEXT, (KEY_NEXT, KEY_NEXT))
+    slow, fast = shared.reader(0), shared.reader(1)
+    shared.inside.send(packet(0))
+    deliver(shared, frame(5, b"on", path=PASSES))
+    slow.sealer.poll(10)
+    slow.opener.poll(10)
+    for index in (INDEX_NEAR, BEHIND, NEXT):
+        store_counter(shared, index & 0xFFFF, 3 + SPAN_MAX)
+    fields = shared.tunnels.fields(INDEX_NEAR)
+    assert fields is not None
+    shared.tunnels.update(replace(fields, owner=1))
+
+    shared.inside.send(packet(1))
+    fast.sealer.poll(10)
+    assert not fast.sealer.is_holding
+    deliver(shared, frame(6, b"on", path=PASSES), worker=1)
+    fast.opener.poll(10)
+
+    assert [len(shared.sealed(each)) for each in (0, 1)] == [2, 2]
+    assert shared.stats()["mp.counter.span"] == 3
+    assert shared.drops() == {}
+
+
+def test_a_packet_that_is_not_sealed_leaves_no_counter_in_flight(shared: Site) -> None:
+    """Or other readers would wait for it."""
+    shared.allow(packet(0))
+    store_counter(shared, INDEX_NEAR & 0xFFFF, COUNTER_LIMIT)
+    first, second = shared.reader(0).sealer, shared.reader(1).sealer
+    shared.inside.send(packet(0))
+    first.poll(10)
+    assert shared.drops() == {Drop.EXHAUSTED: 1}
+    fields = shared.tunnels.fields(BEHIND)
+    assert fields is not None
+    shared.tunnels.update(replace(fields, underlay=address_of(shared.far)))
+    store_counter(shared, BEHIND & 0xFFFF, 700)
+
+    shared.inside.send(packet(1))
+    second.poll(10)
+
+    assert not second.is_holding
+    assert len(shared.sealed(1)) == 1
+
+
+@python_only
+def test_a_lock_that_another_process_keeps_costs_a_pass_a_millisecond_and_no_more(
+    middle: Middle, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, other = middle
+    reader = site.python_reader()
+    calls: list[object] = []
+
+    def busy(*_: object, **__: object) -> Refusal:
+        calls.append(None)
+        return Refusal.BUSY
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SendCounters, "reserve", busy)
+        for number in range(10):
+            deliver(site, frame(5 + number, b"on", path=PASSES))
+        reader.opener.poll(100)
+        assert len(calls) == 20 + 9
+        deliver(site, frame(20, b"on", path=PASSES))
+        reader.opener.poll(100)
+        assert len(calls) == 20 + 9 + 20, "patient again"
+    assert site.drops() == {Drop.EXHAUSTED: 11}
+    assert site.stats()["mp.counter.busy"] == 11
+
+    deliver(site, frame(30, b"on", path=PASSES))
+    reader.opener.poll(100)
+    site.send()
+    assert len(drained([other])) == 1
 
 
 # ---- against others ----

@@ -56,6 +56,7 @@ struct UpcallLimits {
     plain: (u64, u64),
     datagrams: (u64, u64),
     unknown: (u64, u64),
+    relayed: (u64, u64),
     moved: (u64, u64),
 }
 
@@ -66,6 +67,7 @@ impl From<UpcallLimits> for Limits {
             plain: it.plain,
             datagrams: it.datagrams,
             unknown: it.unknown,
+            relayed: it.relayed,
             moved: it.moved,
         }
     }

@@ -17,6 +17,7 @@ use std::mem::offset_of;
 use std::sync::atomic::Ordering;
 
 use crate::error::{Fault, Result};
+use crate::header::COUNTER_LIMIT;
 use crate::layout::{
     row_count, SendRow, SpanRow, TrafficRow, ROWS_AT_WORD, ROWS_MAX, TAIL, WORKERS_MAX,
 };
@@ -116,6 +117,15 @@ impl SendCounters {
         self.ledger
             .reserve(row, generation, count, area, regardless)
             .map_err(|it| contradiction(it, &self.name, self.rows, self.workers))
+    }
+
+    /// Why `reserve` would refuse a counter whatever others do meanwhile; None if it would not.
+    pub fn foresee(&self, row: usize, generation: u64) -> Option<Refusal> {
+        match self.ledger.last(row, generation) {
+            None => Some(Refusal::Gone),
+            Some(last) if last >= COUNTER_LIMIT - 1 => Some(Refusal::Exhausted),
+            Some(_) => None,
+        }
     }
 
     /// Batches that were given counters although they end beyond the span; only grows.

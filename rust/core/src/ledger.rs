@@ -180,6 +180,16 @@ impl<M: Words> Ledger<M> {
         Ok(Err(refused))
     }
 
+    /// The last counter that was given out; None if the row holds another tunnel.
+    pub fn last(&self, row: usize, generation: u64) -> Option<u64> {
+        if row >= self.rows {
+            return None;
+        }
+        let word = ROWS_AT_WORD + row * SEND_WORDS;
+        let last = self.words.send(word + COUNTER).load(Acquire);
+        (self.words.send(word + GENERATION).load(Acquire) == generation).then_some(last)
+    }
+
     /// Whether a batch up to counter `end` overtakes what one of the `others` (bits) has not sent.
     fn is_beyond(
         &self,

@@ -17,7 +17,8 @@
 //! overtakes another, or is lost, while a peer moves.
 //!
 //! Datagrams of one batch that follow each other with the same type and index are handled together: tunnel, window
-//! and sender are looked up once, traffic is counted once, and control is told once that the peer has moved.
+//! and sender are looked up once, traffic is counted once, and control is told once that the peer has moved. Relay
+//! frames are handled one by one.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -33,6 +34,7 @@ use crate::relays::{Leads, Path};
 use crate::replay::Refused;
 use crate::ring::Consumer;
 use crate::sealer::{Sealer, Shared};
+use crate::stats::Slots;
 use crate::sys;
 use crate::tunnels::{Tunnel, TunnelState, UdpAddr};
 use crate::upcalls::{parse_record, Arrival, Reason, Strangers, RECORD_BYTES};
@@ -379,6 +381,10 @@ impl Inbound {
     ) -> Result<()> {
         let datagram = rest.first();
         let (index, _) = index_and_counter(header);
+        if path != 0 && shared.tunnels.get(index)?.is_none() {
+            rest.skip();
+            return self.hand_up_relayed(path, arrival, datagram, shared);
+        }
         let desk = &mut Desk {
             flows: &mut shared.flows,
             upcalls: &mut shared.upcalls,
@@ -387,11 +393,7 @@ impl Inbound {
         match shared.tunnels.get(index)? {
             None => {
                 self.delivery.settle(); // what came earlier goes up earlier
-                if path == 0 {
-                    desk.upcalls.raw(Reason::UnknownIndex, arrival, datagram)?;
-                } else {
-                    desk.upcalls.relayed(arrival, path, datagram)?;
-                }
+                desk.upcalls.raw(Reason::UnknownIndex, arrival, datagram)?;
                 rest.skip();
             }
             Some(tunnel) if tunnel.owner != self.worker => {
@@ -446,16 +448,12 @@ impl Inbound {
             stats.add(slots.drop_unknown_index, 1);
             return Ok(());
         };
-        let refused = match window.check(counter) {
-            Err(Refused::Old) => Some(slots.drop_old),
-            Err(Refused::Seen) => Some(slots.drop_replay),
-            Ok(()) => match tunnel.receive.open_frame(counter, frame) {
-                Err(_) => Some(slots.drop_auth),
-                Ok(()) => None,
-            },
-        };
-        if let Some(slot) = refused {
-            stats.add(slot, 1);
+        if let Err(refused) = window.check(counter) {
+            stats.add(slot_of(refused, slots), 1);
+            return Ok(());
+        }
+        if tunnel.receive.open_frame(counter, frame).is_err() {
+            stats.add(slots.drop_auth, 1);
             return Ok(());
         }
         window.update(counter);
@@ -478,6 +476,22 @@ impl Inbound {
             Leads::Here => self.handle_relayed(index, content, left, now_ms, shared),
             Leads::Through(next) => self.forward(&path, next, content, now_ms, shared),
         }
+    }
+
+    /// Let control see what came in a frame of this path, if that is still there.
+    fn hand_up_relayed(
+        &mut self,
+        index: u32,
+        arrival: &Arrival,
+        datagram: &[u8],
+        shared: &mut Shared,
+    ) -> Result<()> {
+        let Some(path) = shared.relays.get(index)? else {
+            shared.stats.add(shared.stats.slots.drop_relay_index, 1);
+            return Ok(());
+        };
+        self.delivery.settle(); // as above
+        shared.upcalls.relayed(arrival, &path, datagram)
     }
 
     /// Send the content of a frame on, or count why not.
@@ -505,6 +519,8 @@ impl Inbound {
     ) -> Result<()> {
         let slots = &shared.stats.slots;
         let judged = match datagram.first_chunk::<HEADER_BYTES>() {
+            // From another reader: no frame has room for it.
+            _ if datagram.len() > DATAGRAM_BYTES_MAX => Err(slots.drop_oversize),
             None => Err(slots.drop_short),
             Some(header) => match kind(header[0], header[1]) {
                 Some(MESSAGE) if header[1] == MESSAGE_RELAY => Err(slots.drop_relay_index),
@@ -527,8 +543,7 @@ impl Inbound {
             at_ms: now_ms,
         };
         if kind == HANDSHAKE || kind == RECV_ERROR {
-            self.delivery.settle(); // as above
-            return shared.upcalls.relayed(&arrival, path, datagram);
+            return self.hand_up_relayed(path, &arrival, datagram, shared);
         }
         let mut rest = Rest {
             bytes: datagram,
@@ -587,16 +602,9 @@ impl Inbound {
                 desk.stats.add(slots.drop_unknown_index, 1);
                 continue;
             };
-            match window.check(counter) {
-                Ok(()) => {}
-                Err(Refused::Old) => {
-                    desk.stats.add(slots.drop_old, 1);
-                    continue;
-                }
-                Err(Refused::Seen) => {
-                    desk.stats.add(slots.drop_replay, 1);
-                    continue;
-                }
+            if let Err(refused) = window.check(counter) {
+                desk.stats.add(slot_of(refused, slots), 1);
+                continue;
             }
             let size = sealed.len() - TAG_BYTES;
             let out = if is_packet {
@@ -648,6 +656,14 @@ impl Inbound {
                 .opened(reason, arrival, tunnel.local_index, content)?;
         }
         Ok((packets, bytes))
+    }
+}
+
+/// Where it is counted that a window refused a counter.
+fn slot_of(refused: Refused, slots: &Slots) -> usize {
+    match refused {
+        Refused::Old => slots.drop_old,
+        Refused::Seen => slots.drop_replay,
     }
 }
 

@@ -116,12 +116,9 @@ impl Outlet {
             let Some(index) = self.peers.tunnel(need.peer) else {
                 break;
             };
-            let Some(tunnel) = tunnels.get(index)? else {
+            let Some(tunnel) = proven(tunnels, index)? else {
                 break;
             };
-            if tunnel.state != TunnelState::Proven {
-                break;
-            }
             if tunnel.underlay.is_none() {
                 if tunnel.relay == 0 {
                     break;
@@ -133,17 +130,7 @@ impl Outlet {
                 return Ok(Outcome::Dropped);
             }
             let (row, generation) = (tunnel.row(), tunnel.generation);
-            let beyond = self.counters.beyond_span();
-            let area = Some(self.filler.area());
-            let granted = self
-                .counters
-                .reserve(row, generation, packets, area, regardless)?;
-            if self.counters.beyond_span() != beyond {
-                stats.add(
-                    stats.slots.counter_span,
-                    self.counters.beyond_span() - beyond,
-                );
-            }
+            let granted = self.reserve(tunnel, packets, regardless, stats)?;
             match granted {
                 Ok(first) => {
                     let target = Target {
@@ -175,7 +162,7 @@ impl Outlet {
         packet: &[u8],
         now_ms: u64,
     ) -> Result<Outcome> {
-        let Some((index, hop, path)) = self.find_hop(shared, peer)? else {
+        let Some((index, path)) = self.find_hop(shared, peer)? else {
             return Ok(Outcome::NoTunnel);
         };
         let Shared {
@@ -189,42 +176,39 @@ impl Outlet {
         if !self.has_room(size, stats)? {
             return Ok(Outcome::Dropped);
         }
-        // A counter is good for the tunnel that it was taken for, not for the next one in its row.
-        let mut granted = [(0, 0); 2];
-        for (each, index) in granted.iter_mut().zip([index, hop]) {
-            let Some(tunnel) = tunnels.get(index)? else {
-                return Ok(Outcome::NoTunnel);
-            };
-            match self.reserve(tunnel, stats)? {
-                Ok(counter) => *each = (counter, tunnel.generation),
-                Err(Refusal::Gone) => return Ok(Outcome::NoTunnel),
-                Err(_) => {
-                    stats.add(stats.slots.drop_exhausted, 1);
-                    return Ok(Outcome::Dropped);
-                }
-            }
+        // Before the peer's counter is taken, which would seem to be in flight if this one was refused.
+        let hop = usable(tunnels, path.carrier)?;
+        let foreseen = hop.map_or(Some(Refusal::Gone), |it| {
+            self.counters.foresee(it.row(), it.generation)
+        });
+        if let Some(refusal) = foreseen {
+            return Ok(refuse(refusal, stats));
         }
-        let [(inner_counter, inner_generation), (counter, generation)] = granted;
+        let Some(tunnel) = proven(tunnels, index)? else {
+            return Ok(Outcome::NoTunnel);
+        };
+        let counter = match self.reserve(tunnel, 1, true, stats)? {
+            Ok(counter) => counter,
+            Err(refusal) => return Ok(refuse(refusal, stats)),
+        };
         let at = self.filler.at;
         let inner = &mut self.filler.data()[at + HEADER_BYTES..at + size - TAG_BYTES];
-        let tunnel = tunnels.get(index)?;
-        let (Some(tunnel), Some((header, rest))) = (
-            tunnel.filter(|it| it.generation == inner_generation),
-            inner.split_first_chunk_mut(),
-        ) else {
+        if let Some((header, rest)) = inner.split_first_chunk_mut() {
+            write_message(header, MESSAGE_IP, tunnel.remote_index, counter);
+            rest[..packet.len()].copy_from_slice(packet);
+            tunnel.send.seal_in_place(counter, header, rest);
+        }
+        let (row, generation) = (tunnel.row(), tunnel.generation);
+        let Some(tunnel) = usable(tunnels, path.carrier)? else {
             return Ok(Outcome::NoTunnel);
         };
-        write_message(header, MESSAGE_IP, tunnel.remote_index, inner_counter);
-        rest[..packet.len()].copy_from_slice(packet);
-        tunnel.send.seal_in_place(inner_counter, header, rest);
-        let row = tunnel.row();
-        let tunnel = tunnels.get(hop)?;
-        let Some(tunnel) = tunnel.filter(|it| it.generation == generation) else {
-            return Ok(Outcome::NoTunnel);
+        let counter = match self.reserve(tunnel, 1, true, stats)? {
+            Ok(counter) => counter,
+            Err(refusal) => return Ok(refuse(refusal, stats)),
         };
-        self.wrap(tunnel, path, counter, size);
-        traffic.sent(row, inner_generation, 1, inner_bytes as u64, now_ms);
-        traffic.sent(tunnel.row(), generation, 1, size as u64, now_ms);
+        self.wrap(tunnel, path.next_index, counter, size);
+        traffic.sent(row, generation, 1, inner_bytes as u64, now_ms);
+        traffic.sent(tunnel.row(), tunnel.generation, 1, size as u64, now_ms);
         Ok(Outcome::Sealed)
     }
 
@@ -251,15 +235,12 @@ impl Outlet {
         if !self.has_room(size, stats)? {
             return Ok(false);
         }
-        let counter = match self.reserve(tunnel, stats)? {
+        let counter = match self.reserve(tunnel, 1, true, stats)? {
             Ok(counter) => counter,
             Err(refusal) => {
-                let slots = &stats.slots;
-                let slot = match refusal {
-                    Refusal::Gone => slots.drop_relay_index,
-                    Refusal::Exhausted | Refusal::Span => slots.drop_exhausted,
-                };
-                stats.add(slot, 1);
+                if refuse(refusal, stats) == Outcome::NoTunnel {
+                    stats.add(stats.slots.drop_relay_index, 1);
+                }
                 return Ok(false);
             }
         };
@@ -271,21 +252,20 @@ impl Outlet {
         Ok(true)
     }
 
-    /// The tunnel of a peer behind a relay, the one to the relay, and the path as that calls it.
-    fn find_hop(&mut self, shared: &mut Shared, peer: u64) -> Result<Option<(u32, u32, u32)>> {
+    /// The tunnel of a peer behind a relay, and the path that leads there.
+    fn find_hop(&mut self, shared: &mut Shared, peer: u64) -> Result<Option<(u32, Path)>> {
         let Some(index) = self.peers.tunnel(peer) else {
             return Ok(None);
         };
-        let Some(tunnel) = shared.tunnels.get(index)? else {
+        let Some(tunnel) = proven(&mut shared.tunnels, index)? else {
             return Ok(None);
         };
-        let Some(path) = shared.relays.get(tunnel.relay)? else {
+        let path = shared.relays.get(tunnel.relay)?;
+        let Some(path) = path.filter(|it| it.leads == Leads::Here) else {
             return Ok(None);
         };
-        if path.leads != Leads::Here || usable(&mut shared.tunnels, path.carrier)?.is_none() {
-            return Ok(None);
-        }
-        Ok(Some((index, path.carrier, path.next_index)))
+        let is_usable = usable(&mut shared.tunnels, path.carrier)?.is_some();
+        Ok(is_usable.then_some((index, path)))
     }
 
     /// Have room for a frame, or count why there is none.
@@ -301,17 +281,20 @@ impl Outlet {
         Ok(false)
     }
 
-    /// One counter, regardless of the span: what waited here would wait with everything that comes behind it.
+    /// Take counters for the area in hand, and count those that are beyond the span.
+    #[inline]
     fn reserve(
         &mut self,
         tunnel: &Tunnel,
+        packets: u64,
+        regardless: bool,
         stats: &StatsPage,
     ) -> Result<std::result::Result<u64, Refusal>> {
+        let (row, area) = (tunnel.row(), Some(self.filler.area()));
         let beyond = self.counters.beyond_span();
-        let area = Some(self.filler.area());
         let granted = self
             .counters
-            .reserve(tunnel.row(), tunnel.generation, 1, area, true)?;
+            .reserve(row, tunnel.generation, packets, area, regardless)?;
         let passed = self.counters.beyond_span() - beyond;
         if passed > 0 {
             stats.add(stats.slots.counter_span, passed);
@@ -332,8 +315,22 @@ impl Outlet {
     }
 }
 
+/// What becomes of a packet without a counter; if its tunnel ended it is not counted.
+fn refuse(refusal: Refusal, stats: &StatsPage) -> Outcome {
+    if refusal == Refusal::Gone {
+        return Outcome::NoTunnel;
+    }
+    stats.add(stats.slots.drop_exhausted, 1);
+    Outcome::Dropped
+}
+
+/// The tunnel with this local index, if it may send.
+fn proven(tunnels: &mut TunnelView, index: u32) -> Result<Option<&Tunnel>> {
+    let tunnel = tunnels.get(index)?;
+    Ok(tunnel.filter(|it| it.state == TunnelState::Proven))
+}
+
 /// The tunnel to a hop, if it can send: directly, since no path leads through two relays.
 fn usable(tunnels: &mut TunnelView, index: u32) -> Result<Option<&Tunnel>> {
-    let tunnel = tunnels.get(index)?;
-    Ok(tunnel.filter(|it| it.state == TunnelState::Proven && it.underlay.is_some()))
+    Ok(proven(tunnels, index)?.filter(|it| it.underlay.is_some()))
 }

@@ -398,6 +398,7 @@ impl Sealer {
             }
             Outcome::Relayed => {
                 self.queue.linearise(it, self.outlet.filler.data());
+                self.queue.miss();
                 self.seal_relayed(shared, peer, (&cut, 0, cut.count), len, now_us)?;
             }
         }

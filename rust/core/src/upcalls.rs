@@ -14,6 +14,7 @@ use std::rc::Rc;
 use crate::error::{Contradiction, Fault, Result};
 use crate::filler::Filler;
 use crate::layout::ROWS_MAX;
+use crate::relays::Path;
 use crate::ring::Producer;
 use crate::stats::StatsPage;
 use crate::sys;
@@ -56,6 +57,7 @@ pub struct Limits {
     pub plain: (u64, u64),
     pub datagrams: (u64, u64),
     pub unknown: (u64, u64),
+    pub relayed: (u64, u64),
     pub moved: (u64, u64),
 }
 
@@ -172,7 +174,7 @@ impl Upcalls {
             no_tunnel: Buckets::new(limits.plain, 1),
             datagrams: Buckets::new(limits.datagrams, 1),
             unknown: Buckets::new(limits.unknown, 1),
-            relayed: Buckets::new(limits.per_tunnel, ROWS_MAX),
+            relayed: Buckets::new(limits.relayed, ROWS_MAX),
         }
     }
 
@@ -205,13 +207,13 @@ impl Upcalls {
     }
 
     /// Hand over a datagram that came in a frame of this path, or count why not.
-    pub fn relayed(&mut self, arrival: &Arrival, path: u32, datagram: &[u8]) -> Result<()> {
-        let row = (path & ROW_MASK) as usize;
+    pub fn relayed(&mut self, arrival: &Arrival, path: &Path, datagram: &[u8]) -> Result<()> {
+        let row = (path.carrier & ROW_MASK) as usize;
         if !self.relayed.try_take(row, arrival.at_ms) {
             self.stats.add(self.stats.slots.upcalls_limited, 1);
             return Ok(());
         }
-        let record = record(arrival.at_ms, Some(arrival), path);
+        let record = record(arrival.at_ms, Some(arrival), path.local_index);
         self.push(Reason::Relayed, 0, &record, datagram)
     }
 

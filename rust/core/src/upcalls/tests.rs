@@ -24,6 +24,7 @@ const LIMITS: Limits = Limits {
     plain: (1000, 4),
     datagrams: (100, 2),
     unknown: (10, 1),
+    relayed: (10, 3),
     moved: (20, 1),
 };
 
@@ -205,20 +206,24 @@ fn a_datagram_goes_up_whole_and_says_where_it_came_from() {
 }
 
 #[test]
-fn what_came_in_a_frame_says_by_which_path_and_each_path_has_its_limit() {
+fn what_came_in_a_frame_says_by_which_path_and_each_tunnel_to_a_relay_has_its_limit() {
     let mut stand = Stand::new();
     let came = Arrival {
         source: None,
         ..arrival(IPV4, 5)
     };
-    for path in [
-        0x7777_0001,
-        0x7777_0001,
-        0x7777_0001,
-        0x7777_0001,
-        0x7777_0002,
-    ] {
-        stand.upcalls.relayed(&came, path, b"inside").unwrap();
+    let path = |local_index, carrier| Path {
+        local_index,
+        carrier,
+        leads: crate::relays::Leads::Here,
+        next_index: 7,
+    };
+    let sent = [(1, 3), (2, 0x1_0003), (1, 3), (4, 3), (5, 6)];
+    for (index, carrier) in sent {
+        stand
+            .upcalls
+            .relayed(&came, &path(index, carrier), b"inside")
+            .unwrap();
     }
 
     let found = stand.taken();
@@ -227,7 +232,7 @@ fn what_came_in_a_frame_says_by_which_path_and_each_path_has_its_limit() {
         stand.page.counted(),
         [("mp.upcalls", 4), ("mp.upcalls.limited", 1)]
     );
-    let paths = [0x7777_0001, 0x7777_0001, 0x7777_0001, 0x7777_0002];
+    let paths = [1, 2, 1, 5];
     assert_eq!(found.len(), paths.len());
     for ((reason, row, bytes), path) in found.into_iter().zip(paths) {
         assert_eq!((reason, row), (9, 0));

@@ -105,6 +105,7 @@ impl Default for Plan {
                 plain: UNLIMITED,
                 datagrams: UNLIMITED,
                 unknown: UNLIMITED,
+                relayed: UNLIMITED,
                 moved: (20, 5),
             },
             overlay: vec![([10, 9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], 4, 16)],

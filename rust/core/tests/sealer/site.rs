@@ -223,6 +223,7 @@ impl Site {
             plain: self.shape.plain,
             datagrams: self.shape.plain,
             unknown: self.shape.plain,
+            relayed: self.shape.plain,
             moved: self.shape.plain,
         };
         let bell = self.bell.as_raw_fd();
