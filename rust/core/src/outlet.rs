@@ -154,6 +154,7 @@ impl Outlet {
         }
         Ok(Outcome::NoTunnel)
     }
+
     /// Seal a packet for a peer behind a relay: `Sealed`, `Dropped` or `NoTunnel`.
     pub fn seal_relayed(
         &mut self,
