@@ -360,8 +360,9 @@ class Half(Protocol):
         """One pass; gives `MORE`, `HOLDING` and `FORWARDED`, or-ed. Raises OSError, RingError.
 
         `drains`: the ring is emptied too, before and after it is filled, unless the writer has the lease,
-        which is counted. Rings the writer if areas are left for it. The reader's clock is read in it, before
-        or after what was left in the ring is drained.
+        which is counted. Without it a quarter is, of a ring that is three quarters full before. Rings the
+        writer if areas are left for it. The reader's clock is read in it, before or after what was left in
+        the ring is drained.
         """
 
 

@@ -12,6 +12,9 @@ Order of a pass, and why:
 - A ring is drained before it is filled too: in a full ring whose writer is gone nobody else would make room.
 - The bell is rung after every pass without the lease after which areas wait, even if this pass published
   none: the writer may have come, and found the lock busy only because of us.
+- Whoever is not to drain looks first whether the ring is three quarters full, and then empties a quarter, if
+  the writer does not have the lease: so it has lost its processor, or has not got one yet. A burst of single
+  packets, an area each, fills a ring in the time in which Linux wakes a process on a busy machine.
 - Nothing here waits for room. What a full ring does not take is dropped and counted.
 """
 
@@ -45,6 +48,7 @@ class Half:
         self._flags = flags
         self._drain = drain
         self._areas = drain.areas
+        self._quarter = max(1, drain.areas // 4)
         self._writer = writer
         self._stats = stats
 
@@ -60,6 +64,9 @@ class Half:
         else:
             if drains:
                 self._stats.add(_REFUSED)
+            elif self._waiting() >= self._areas - self._quarter and drain.try_take():
+                drain.drain(self._quarter)
+                drain.drop()  # whoever is to drain what is left is rung below
             taken = self._fill(budget)
             left = self._waiting() > 0
         if left:

@@ -15,8 +15,18 @@ from nebula_mp.datapath.api import HOLDING, MORE, Half
 from nebula_mp.newtypes import Seconds
 from nebula_mp.shm_counters import SPAN_MAX
 from nebula_mp.shm_ring import Bell
+from nebula_mp.wire.header import Header
 from tests.datapath.conftest import MakeSite
-from tests.datapath.sites import INDEX_NEAR, Site, connect, deliver, message, packet, store_counter
+from tests.datapath.sites import (
+    INDEX_NEAR,
+    Site,
+    connect,
+    deliver,
+    drained,
+    message,
+    packet,
+    store_counter,
+)
 from tests.support.native import current
 
 pytestmark = pytest.mark.usefixtures("kernel")
@@ -71,6 +81,28 @@ def test_a_pass_that_does_not_drain_leaves_the_ring_to_the_writer_and_wakes_it(
 
     assert site.send() == 1
     assert site.stats()["mp.lease.refused"] == 0, "it was not wanted"
+
+
+def test_a_ring_that_is_nearly_full_is_emptied_by_who_fills_it_a_quarter_at_a_time(
+    site: Site, bell: Bell
+) -> None:
+    """Its writer has not got a processor yet. The site's rings have 8 areas."""
+    half = outbound(site, bell)
+    site.allow(packet(0))
+    fill = []
+    for number in range(20):
+        site.inside.send(packet(number))
+        assert half.work(64, False) == 0
+        assert bell.wait(0)
+        fill.append(site.seal[0].fill())
+
+    assert fill[:8] == [1, 2, 3, 4, 5, 6, 5, 6]
+    assert max(fill) == 6
+    assert site.drops() == {}
+    arrived = [Header.parse(each).counter for each in drained([site.far])]
+    assert arrived == list(range(3, 3 + 20 - fill[-1]))
+    site.send()
+    site.check_ledger()
 
 
 def test_what_came_in_is_written_by_the_pass_that_opened_it(site: Site, bell: Bell) -> None:

@@ -196,8 +196,10 @@ def test_a_reader_shows_that_it_lives_although_nothing_comes(make_rig: MakeRig) 
 
 
 def test_a_full_ring_neither_blocks_the_reader_nor_keeps_it_awake(make_rig: MakeRig) -> None:
-    """Its writer is gone, and it may not drain. What the ring does not take is dropped and counted."""
+    """Its writer was stopped with the lease. What the ring does not take is dropped and counted."""
     rig = make_rig(drain=DrainMode.WRITER)
+    stopped = rings.consume(rig.site.seal[0], lock=rig.ring_locks.lock(0))
+    assert stopped.try_take()
     rig.start(Role.READER)
     assert soon(lambda: rig.count("mp.passes") > 0)
 
@@ -216,6 +218,26 @@ def test_a_full_ring_neither_blocks_the_reader_nor_keeps_it_awake(make_rig: Make
     time.sleep(0.1)
     assert rig.passes_in(0.6) <= 30
     assert given == rig.count(Drop.SEAL_RING_FULL) + rig.site.seal[0].geometry.areas
+
+
+def test_a_burst_that_comes_before_its_writer_has_a_processor_is_not_lost(make_rig: MakeRig) -> None:
+    """An area for each packet: three times as many as the ring has."""
+    rig = make_rig(drain=DrainMode.WRITER)
+    rig.start(Role.READER)
+    areas = rig.site.seal[0].geometry.areas
+    for number in range(3 * areas):
+        rig.give(number)
+        come_back(rig, 3 + number)
+        assert soon(lambda: rig.count("mp.passes") > 0)
+    assert soon(lambda: rig.count("mp.tun.rx.packets") == rig.count("mp.udp.rx.packets") == 3 * areas)
+    rig.start(Role.WRITER)
+
+    counters = [counter_of(receive(rig.site.far)) for _ in range(3 * areas)]
+    assert counters == list(range(3, 3 + 3 * areas)), "in order, whoever sent them"
+    assert [receive(rig.stacks[0]) for _ in counters] == [BACK] * len(counters)
+    rig.finish()
+    assert rig.site.drops() == {}
+    rig.site.check_ledger()
 
 
 def test_a_reader_whose_writer_was_stopped_with_the_lease_goes_on_and_never_waits(make_rig: MakeRig) -> None:
