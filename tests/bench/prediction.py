@@ -53,9 +53,11 @@ def cost_table(costs: Costs) -> Iterator[str]:
     yield "| kernel | role | packets | reader alone, µs | a core does | reader + writer, µs | two cores do |"
     yield "| --- | --- | --- | ---: | ---: | ---: | ---: |"
     for kernel, shape in _kernels_and_shapes(costs):
-        for role in ("tx", "rx"):
+        for role in ("tx", "rx", "relay"):
             alone = costs.get((kernel, role, shape, READER))
             pair = costs.get((kernel, role, shape, WRITER))
+            if alone is None and pair is None:
+                continue
             cells = [kernel, role, shape]
             cells += ["", ""] if alone is None else [f"{alone[0]:.2f}", _figure(1e6 / alone[0], shape)]
             if pair is None:
