@@ -72,7 +72,8 @@ proptest! {
         at_once in 1..4_usize,
         budget in prop::sample::select(vec![1_usize, 40, 1000]),
     ) {
-        let areas = if area_bytes < 10_000 { 512 } else { 32 };
+        // Room for three superpackets of the most and smallest packets.
+        let areas = if area_bytes < 10_000 { 2048 } else { 64 };
         let mut site = Site::new(Shape { areas, area_bytes, ..Shape::default() });
         for item in &items {
             site.allow(&item.packets()[0]);
