@@ -1,6 +1,7 @@
 """UDP to open ring: each datagram is delivered, handed over, or counted under one reason."""
 
 import errno
+import os
 import socket
 from typing import Any
 
@@ -10,6 +11,7 @@ from nebula_mp.crypto.replay import WIDTH
 from nebula_mp.datapath.api import DATAGRAM_BYTES_MAX, Drop, Opener, UpcallLimits, UpcallReason
 from nebula_mp.datapath.opening import PythonOpener
 from nebula_mp.newtypes import Cipher, TunnelIndex
+from nebula_mp.shm_table import ROWS_AT
 from nebula_mp.shm_tunnels import TunnelState
 from nebula_mp.wire.header import Header, MessageType
 from nebula_mp.wire.ip import parse_flow
@@ -628,3 +630,13 @@ def test_a_header_as_parsed_on_the_cold_path_is_read_the_same_here(site: Site) -
         assert (upcall.type, upcall.subtype) == (parsed.type, parsed.subtype)
         assert upcall.local_index == parsed.remote_index
     assert site.drops() == {}
+
+
+def test_what_is_too_short_to_be_opened_begins_no_window(site: Site) -> None:
+    """Both kernels leave the same memory behind."""
+    deliver(site, message(3, b"")[:31])
+    site.reader().opener.poll(10)
+
+    assert site.drops() == {Drop.TRUNCATED: 1}
+    windows = os.pread(site.tables.windows.read_only, 1 << 20, ROWS_AT)
+    assert not any(windows)

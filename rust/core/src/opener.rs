@@ -570,7 +570,7 @@ impl Inbound {
             ..
         } = self;
         let slots = &desk.stats.slots;
-        let window = windows.get(tunnel.row(), tunnel.generation);
+        let mut found = None; // the window, looked for when there is something to open
         let is_proven = tunnel.state == TunnelState::Proven;
         let is_packet = arrival.kind == MESSAGE;
         if is_packet && is_proven {
@@ -597,7 +597,9 @@ impl Inbound {
                 desk.stats.add(slots.drop_truncated, 1);
                 continue;
             }
-            let Some(window) = &window else {
+            let Some(window) =
+                found.get_or_insert_with(|| windows.get(tunnel.row(), tunnel.generation))
+            else {
                 // The row has a later tunnel, and this one ended.
                 desk.stats.add(slots.drop_unknown_index, 1);
                 continue;
