@@ -102,7 +102,8 @@ class Relaying:
             return
         counter = self._reserve(tunnel)
         if isinstance(counter, Refusal):
-            self._drops.count(Drop.RELAY_INDEX if counter is Refusal.GONE else Drop.EXHAUSTED)
+            if not self._refuse(counter):
+                self._drops.count(Drop.RELAY_INDEX)
             return
         begin = self._filler.at + HEADER_BYTES
         self._filler.data[begin : begin + len(datagram)] = datagram

@@ -344,15 +344,14 @@ impl Sealer {
         // The run before it has its room in this area, in front of the places.
         let settled = self.seal_run(shared, Some(it), now_us)?;
         if settled == Settled::Moved {
-            let first = 0;
-            let it = Super {
+            let moved = Super {
                 peer,
                 at,
                 len,
-                first,
+                first: 0,
                 cut,
             };
-            self.take_super(shared, it, now_us)?;
+            self.take_super(shared, moved, now_us)?;
             return Ok(counts);
         }
         debug_assert_eq!(self.outlet.filler.area(), it.area);
